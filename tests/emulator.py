@@ -1,0 +1,989 @@
+"""Cerebras, Groq and OpenRouter on one loopback port: paths, headers, streams, errors, faults.
+
+    with Emulator() as emulator:
+        emulator.plan("cerebras", rate_limited("cerebras", 60))
+        emulator.plan("groq/openai/gpt-oss-120b", Reply(fault="stall"), Reply(text="Paris."))
+        ...                                          # the program, with emulator.environment()
+        models = [asked.model for asked in emulator.asked]
+
+What is not planned is answered. `python tests/emulator.py` prints the environment that points a
+program here, and serves until Ctrl-C. All times are seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import http.client
+import json
+import math
+import shlex
+import socket
+import struct
+import threading
+import time
+from email.utils import formatdate
+from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Sequence, Union
+from urllib.parse import urlsplit
+
+Json = Dict[str, Any]
+Headers = Dict[str, str]
+Body = Union[Json, List[Any], str, bytes]
+
+MODEL = "{model}"  # in the body of a reply: becomes the model that was asked
+CHAT, MODELS, KEY = "POST /chat/completions", "GET /models", "GET /key"
+CREATED = 1790000000
+DONE = "data: [DONE]\n\n"
+JSON_TYPE = "application/json"
+REFUSED_AGENTS = ("Python-urllib", "python-requests")  # Cloudflare turns these away
+BEAT = 0.05  # the gap of faults that have one of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What the emulator does with one request: an answer in the provider's dialect, or a fault."""
+
+    status: int = 200
+    text: str | None = None  # the answer; None: one that names the emulator, provider and model
+    body: Body | None = None  # sent as it is, instead of what the dialect would say
+    headers: Headers = dataclasses.field(default_factory=dict)  # win over the dialect's own
+    stream: bool | None = None  # None: as the request asks (drip and short: plain JSON)
+    pieces: int = 3  # how many chunks of a stream hold the text
+    delay: float = 0.0  # before the headers
+    gap: float = 0.0  # between pieces; 0: everything in one write
+    reasoning: str = ""
+    finish_reason: str | None = "stop"
+    fault: str = ""  # a name in FAULTS
+
+    def __post_init__(self) -> None:
+        if self.fault not in FAULTS:
+            raise ValueError(f"no such fault: {self.fault!r}")
+
+
+class Asked(NamedTuple):
+    """One request that arrived, whatever it was for."""
+
+    at: float  # time.monotonic()
+    provider: str  # "" when the path is nobody's
+    path: str
+    model: str  # "" when the body names none
+    headers: Headers  # names in lower case
+    body: Json  # {} when it was not a JSON object
+
+
+# --- Helpers: replies in a provider's own words ------------------------------------------------
+
+
+def error(provider: str, kind: str, status: int | None = None, text: str = "") -> Reply:
+    """The provider's own error of this kind, under `status` when that is given.
+
+    "in_stream" is an error inside an HTTP 200, after `text`. "organization", "network" are Groq's
+    alone, "queue" is Cerebras', "moderated" OpenRouter's; "retired" is its other way to say gone.
+    """
+    dialect = _dialect(provider)
+    if kind == "in_stream":
+        told = Reply(text=text)
+        stream = [*dialect.opening(MODEL, told), *dialect.pieces(MODEL, told), dialect.in_stream()]
+        return Reply(body="".join(stream), headers={"content-type": dialect.stream_type})
+    if kind == "cloudflare":
+        return Reply(403, body="error code: 1010", headers={"content-type": "text/plain"})
+    if kind not in dialect.errors:
+        raise ValueError(f"{provider} has no error of kind {kind!r}")
+    row = dialect.errors[kind]
+    row = row._replace(status=row.status if status is None else status)
+    return Reply(row.status, body=dialect.error(row), headers=row.headers or {})
+
+
+def rate_limited(
+    provider: str,
+    retry_after: float | None = None,
+    how: str = "header",
+    per: str = "minute",
+    now: float | None = None,
+) -> Reply:
+    """The provider's 429, which says in one place (`how`) when to come back.
+
+    how: header, header-ms, date, text, body (a field), reset (an instant or a duration), none.
+    per: minute, hour, day. retry_after None: a wait that the provider is known for. `now` (epoch)
+    counts for date and reset. Groq adds, as it does, reset headers with a longer time than the
+    hint. OpenRouter's limit is the account's when it is longer than a minute or told by reset,
+    else it is one upstream's.
+    """
+    dialect = _dialect(provider)
+    if how not in HINTS or per not in dialect.waits:
+        raise ValueError(f"no such rate limit: how={how!r}, per={per!r}")
+    seconds = dialect.waits[per] if retry_after is None else retry_after
+    hint = Hint(seconds, how, per, time.time() if now is None else now)
+    headers, body = dialect.limit(hint)
+    return Reply(429, body=body, headers=dict(hint.headers(), **headers))
+
+
+def document(provider: str, reply: Reply | None = None, model: str = MODEL) -> Json:
+    """The answer as the provider's plain JSON body."""
+    dialect = _dialect(provider)
+    return dialect.document(model, _told(dialect, reply or Reply(), model))
+
+
+def events(provider: str, reply: Reply | None = None, model: str = MODEL) -> list[str]:
+    """The answer as the events of the provider's stream, "[DONE]" included: to cut and spoil."""
+    dialect = _dialect(provider)
+    told = _told(dialect, reply or Reply(), model)
+    pieces = dialect.pieces(model, told)
+    return [*dialect.opening(model, told), *pieces, *dialect.closing(model, told)]
+
+
+def _told(dialect: Dialect, reply: Reply, model: str) -> Reply:
+    """The same reply with a text."""
+    if reply.text is not None:
+        return reply
+    text = f"Hello from the emulator of {dialect.name}, asked for {model}; no model was called."
+    return dataclasses.replace(reply, text=text)
+
+
+# --- Dialects: the shape of everything that a provider says -------------------------------------
+
+
+class Hint(NamedTuple):
+    """When to come back, and where a 429 says so."""
+
+    seconds: float
+    how: str
+    per: str
+    now: float
+
+    def headers(self) -> Headers:
+        if self.how == "header":
+            return {"retry-after": _number(self.seconds)}
+        if self.how == "header-ms":
+            return {"retry-after-ms": _number(self.seconds * 1000)}
+        if self.how == "date":
+            return {"retry-after": formatdate(math.ceil(self.now + self.seconds), usegmt=True)}
+        return {}
+
+    def sentence(self, words: str, wait: str) -> str:
+        return f". {words} {wait}." if self.how == "text" else ""
+
+    def field(self, name: str) -> Json:
+        return {name: self.seconds} if self.how == "body" else {}
+
+
+HINTS = ("header", "header-ms", "date", "text", "body", "reset", "none")
+
+
+class Row(NamedTuple):
+    """An error before it has a dialect's shape."""
+
+    status: int
+    message: str
+    code: str = ""  # OpenRouter shows its status instead
+    type: str = "invalid_request_error"  # not shown by OpenRouter
+    more: Json | None = None
+    headers: Headers | None = None
+
+
+class Dialect:
+    """How one provider speaks. The methods are pure: a model and a reply go in, JSON comes out."""
+
+    name: ClassVar[str]
+    path: ClassVar[str]
+    key: ClassVar[str]
+    models: ClassVar[tuple[str, ...]]
+    endpoints: ClassVar[tuple[str, ...]] = (CHAT, MODELS)
+    keyless: ClassVar[tuple[str, ...]] = ()
+    headers: ClassVar[Headers]  # of every 200
+    chunked: ClassVar[bool] = False  # also what is no stream
+    stream_type: ClassVar[str] = "text/event-stream"
+    comment: ClassVar[str] = ": keep-alive\n\n"
+    common: ClassVar[Json] = {"id": "chatcmpl-emulated", "system_fingerprint": "fp_emulated"}
+    waits: ClassVar[Mapping[str, float]]  # a typical wait per minute, hour, day
+    errors: ClassVar[Mapping[str, Row]]
+
+    def error(self, row: Row) -> Json:
+        """The body of an error."""
+        raise NotImplementedError
+
+    def in_stream(self) -> str:
+        """The event of an error inside a stream."""
+        raise NotImplementedError
+
+    def limit(self, hint: Hint) -> tuple[Headers, Json]:
+        """The dialect's own headers and the body of a 429."""
+        raise NotImplementedError
+
+    def listed(self, model: str) -> Json:
+        """One entry of the models list."""
+        return {"id": model, "object": "model", "created": 0, "owned_by": "Emulator"}
+
+    def listing(self, models: Sequence[str]) -> Json:
+        """The body of the models list."""
+        return {"object": "list", "data": [self.listed(model) for model in models]}
+
+    def document(self, model: str, reply: Reply) -> Json:
+        """The answer in one piece."""
+        message = dict(self.thought(reply), role="assistant", content=reply.text or None)
+        choice = self.choice(reply.finish_reason, message=message)
+        chunk = self.chunk(model, choice, **self.figures(reply))
+        return dict(chunk, object="chat.completion")
+
+    def opening(self, model: str, reply: Reply) -> list[str]:
+        """The events before the text, reasoning included."""
+        deltas = [{"role": "assistant"}, self.thought(reply)]
+        return [self.event(model, delta) for delta in deltas if delta]
+
+    def pieces(self, model: str, reply: Reply) -> list[str]:
+        """The events of the text."""
+        texts = _split(reply.text or "", reply.pieces)
+        return [self.event(model, {"content": text}) for text in texts]
+
+    def closing(self, model: str, reply: Reply) -> list[str]:
+        """The events after the text."""
+        return [self.event(model, {}, reply.finish_reason, **self.figures(reply)), DONE]
+
+    def event(self, model: str, delta: Json, reason: str | None = None, **more: Any) -> str:
+        return _event(self.chunk(model, self.choice(reason, delta=delta), **more))
+
+    def chunk(self, model: str, choice: Json, **more: Any) -> Json:
+        chunk = {"object": "chat.completion.chunk", "created": CREATED, "model": model}
+        return dict(self.common, **chunk, choices=[choice], **more)
+
+    def choice(self, finish_reason: str | None, **content: Json) -> Json:
+        return dict(content, index=0, logprobs=None, finish_reason=finish_reason)
+
+    def thought(self, reply: Reply) -> Json:
+        return {"reasoning": reply.reasoning} if reply.reasoning else {}
+
+    def figures(self, reply: Reply) -> Json:
+        """What stands beside the choices when the answer is complete."""
+        return {"usage": self.usage(reply)}
+
+    def usage(self, reply: Reply) -> Json:
+        prompt, thought = 20, _tokens(reply.reasoning)
+        completion = thought + _tokens(reply.text or "")
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "completion_tokens_details": {"reasoning_tokens": thought},
+        }
+
+
+def _key(prefix: str, length: int) -> str:
+    """A key of the provider's pattern, the same at every run, spelled out in no file."""
+    return prefix + hashlib.sha512(prefix.encode()).hexdigest()[:length]
+
+
+class Cerebras(Dialect):
+    name = "cerebras"
+    path = "/v1"
+    key = _key("csk-", 48)
+    models = ("gpt-oss-120b", "qwen-3.8-27b")
+    headers: ClassVar[Headers] = {
+        f"x-ratelimit-{count}-{what}-{span}": str(number - (count == "remaining"))
+        for what, spans in (
+            ("requests", {"minute": 5, "hour": 150, "day": 2400}),
+            ("tokens", {"minute": 30000, "hour": 1000000, "day": 1000000}),
+        )
+        for span, number in spans.items()
+        for count in ("limit", "remaining")
+    }
+    stream_type = "text/event-stream; charset=utf-8"
+    waits: ClassVar[Mapping[str, float]] = {"minute": 58, "hour": 1800, "day": 86400}
+    errors: ClassVar[Mapping[str, Row]] = {
+        "bad_request": Row(400, "Not a chat request", "wrong_api_format"),
+        "too_long": Row(400, "The messages are too long", "context_length_exceeded"),
+        "bad_key": Row(401, "This key is unknown", "wrong_api_key", more={"param": "api_key"}),
+        "no_credit": Row(402, "No credit is left", "payment_required", "payment_required_error"),
+        "forbidden": Row(403, "Not allowed for this key", "forbidden", "permission_error"),
+        "no_path": Row(404, "No such path", "not_found", "not_found_error"),
+        "gone": Row(404, f"There is no model {MODEL}", "model_not_found", "not_found_error"),
+        "retired": Row(
+            404, f"Model {MODEL} was archived", "model_archived", "model_archived_error"
+        ),
+        "too_large": Row(413, "Request too large", "request_too_large"),
+        "queue": Row(429, "High traffic", "queue_exceeded", headers={"x-should-retry": "false"}),
+        "server": Row(500, "Something broke in here", type="server_error"),
+        "overloaded": Row(503, "The service is overloaded", type="server_error"),
+    }
+
+    def error(self, row: Row) -> Json:
+        body = {"message": row.message, "type": row.type, "param": "", "code": row.code}
+        return dict(body, **(row.more or {}))
+
+    def in_stream(self) -> str:
+        return _event({"status_code": 500, "error": self.error(self.errors["server"])})
+
+    def limit(self, hint: Hint) -> tuple[Headers, Json]:
+        message = f"All tokens per {hint.per} are used up"
+        message += hint.sentence("Please try again in", f"{_number(hint.seconds)}s")
+        more = dict(hint.field("retry_after"), param="quota")
+        row = Row(429, message, "token_quota_exceeded", "too_many_tokens_error", more)
+        reset = {f"x-ratelimit-reset-tokens-{hint.per}": f"{hint.seconds:.6f}"}
+        return reset if hint.how == "reset" else {}, self.error(row)
+
+    def choice(self, finish_reason: str | None, **content: Json) -> Json:
+        last = {} if finish_reason is None else {"finish_reason": finish_reason}
+        return dict(content, index=0, **last)
+
+    def figures(self, reply: Reply) -> Json:
+        times = {"queue_time": 0.004, "prompt_time": 0.002, "completion_time": 0.018}
+        return {"usage": self.usage(reply), "time_info": dict(times, total_time=0.026)}
+
+
+class Groq(Dialect):
+    name = "groq"
+    path = "/openai/v1"
+    key = _key("gsk_", 52)
+    models = (
+        "openai/gpt-oss-120b",
+        "openai/gpt-oss-20b",
+        "qwen/qwen3.8-27b",
+        "openai/gpt-oss-safeguard-20b",
+        "whisper-large-v3",
+    )
+    headers: ClassVar[Headers] = {
+        "x-ratelimit-limit-requests": "1000",
+        "x-ratelimit-limit-tokens": "8000",
+        "x-ratelimit-remaining-requests": "999",
+        "x-ratelimit-remaining-tokens": "7938",
+        "x-ratelimit-reset-requests": "1m26.4s",
+        "x-ratelimit-reset-tokens": "480ms",
+    }
+    waits: ClassVar[Mapping[str, float]] = {"minute": 6.35, "hour": 214, "day": 578}
+    errors: ClassVar[Mapping[str, Row]] = {
+        "bad_request": Row(400, "Not a chat request"),
+        "organization": Row(400, "This organization may not call", "organization_restricted"),
+        "too_long": Row(400, "The messages are too long", "context_length_exceeded"),
+        "retired": Row(400, f"`{MODEL}` was decommissioned", "model_decommissioned"),
+        "bad_key": Row(401, "This key is unknown", "invalid_api_key"),
+        "no_credit": Row(402, "No credit is left", "payment_required", "payment_required"),
+        "forbidden": Row(403, "Not allowed for this key", "forbidden", "permissions_error"),
+        "network": Row(403, "Not from here: check your network settings", type=""),
+        "no_path": Row(404, "No such path", "unknown_url"),
+        "gone": Row(404, f"There is no model `{MODEL}`", "model_not_found"),
+        "too_large": Row(
+            413,
+            f"Request too large for `{MODEL}` and org_emulated: 9000 tokens per minute (TPM) asked "
+            "for, 8000 allowed",
+            "rate_limit_exceeded",
+            "tokens",
+        ),
+        "server": Row(500, "Something broke in here", type="internal_server_error"),
+        "overloaded": Row(503, f"{MODEL} is over capacity", type="internal_server_error"),
+    }
+
+    def error(self, row: Row) -> Json:
+        named = {"type": row.type, "code": row.code}
+        body = {"message": row.message, **{name: word for name, word in named.items() if word}}
+        return {"error": dict(body, **(row.more or {}))}
+
+    def in_stream(self) -> str:
+        more = {"failed_generation": "{", "status_code": 400}
+        row = Row(400, "Generation failed", "tool_use_failed", more=more)
+        return "event: error\n" + _event(self.error(row))
+
+    def limit(self, hint: Hint) -> tuple[Headers, Json]:
+        message = (
+            f"Rate limit reached by org_emulated with `{MODEL}`, tokens per {hint.per} "
+            f"(TP{hint.per[0].upper()}): 7739 of 8000 used, 1108 asked for"
+        )
+        message += hint.sentence("Please try again in", _go_duration(hint.seconds))
+        row = Row(429, message, "rate_limit_exceeded", "tokens", hint.field("retry_after"))
+        full = hint.seconds if hint.how == "reset" else hint.seconds + 50
+        reset = {"x-ratelimit-reset-tokens": _go_duration(full)}
+        return {} if hint.how == "none" else reset, self.error(row)
+
+    def listed(self, model: str) -> Json:
+        audio = model.startswith("whisper")
+        return dict(
+            super().listed(model),
+            active=True,
+            context_window=448 if audio else 131072,
+            input_modalities=["audio" if audio else "text"],
+            output_modalities=["transcription" if audio else "text"],
+        )
+
+    def document(self, model: str, reply: Reply) -> Json:
+        tags = {"x_groq": {"id": "req_emulated", "seed": 1}, "service_tier": "on_demand"}
+        return dict(super().document(model, reply), usage_breakdown=None, **tags)
+
+    def opening(self, model: str, reply: Reply) -> list[str]:
+        first = {"role": "assistant", "content": ""}
+        opening = [self.event(model, first, x_groq={"id": "req_emulated", "seed": 1})]
+        if reply.reasoning:
+            opening.append(self.event(model, dict(self.thought(reply), channel="analysis")))
+        return opening
+
+    def figures(self, reply: Reply) -> Json:
+        times = {"queue_time": 0.006, "prompt_time": 0.018, "completion_time": 0.125}
+        usage = dict(self.usage(reply), total_time=0.143, **times)
+        return {"usage": usage, "x_groq": {"id": "req_emulated", "usage": usage}}
+
+
+class OpenRouter(Dialect):
+    name = "openrouter"
+    path = "/api/v1"
+    key = _key("sk-or-v1-", 64)
+    models = (
+        "qwen/qwen3.8-27b:free",
+        "google/gemma-4-31b-it:free",
+        "nvidia/nemotron-3-super-120b-a12b:free",
+        "openrouter/free",
+        "openrouter/auto",
+        "anthropic/claude-sonnet-4.6",
+        "openai/gpt-oss-120b",
+    )
+    endpoints = (CHAT, MODELS, KEY)
+    keyless = (MODELS,)
+    headers: ClassVar[Headers] = {"x-generation-id": "gen-emulated"}
+    chunked = True
+    comment = ": OPENROUTER PROCESSING\n\n"
+    common: ClassVar[Json] = {"id": "gen-emulated", "provider": "Emulator"}
+    waits: ClassVar[Mapping[str, float]] = {"minute": 1, "hour": 1800, "day": 40000}
+    errors: ClassVar[Mapping[str, Row]] = {
+        "bad_request": Row(400, "No messages were sent"),
+        "too_long": Row(
+            400, "Context length is 131072", more={"error_type": "context_length_exceeded"}
+        ),
+        "retired": Row(400, f"{MODEL} is not a valid model ID"),
+        "no_key": Row(401, "No key was sent"),
+        "bad_key": Row(401, "This key is unknown"),
+        "no_credit": Row(402, "Insufficient credits", more={"limit_source": "openrouter_credits"}),
+        "forbidden": Row(403, "Key limit exceeded"),
+        "moderated": Row(
+            403,
+            "The input was flagged",
+            more={"reasons": ["violence"], "flagged_input": "a question", "model_slug": MODEL},
+        ),
+        "no_path": Row(404, "No such path"),
+        "gone": Row(404, f"No endpoints found for {MODEL}."),
+        "too_large": Row(413, "Request too large", more={"error_type": "payload_too_large"}),
+        "server": Row(500, "Something broke in here"),
+        "overloaded": Row(503, "Provider overloaded", more={"error_type": "provider_overloaded"}),
+    }
+
+    def error(self, row: Row) -> Json:
+        body = {"message": row.message, "code": row.status}
+        if row.more:
+            body["metadata"] = row.more
+        return {"error": body, "user_id": "user_emulated"}
+
+    def in_stream(self) -> str:
+        more = {"error_type": "provider_unavailable"}
+        inner = self.error(Row(502, "The upstream provider hung up", more=more))["error"]
+        return self.event(MODEL, {"content": ""}, "error", error=inner)
+
+    def limit(self, hint: Hint) -> tuple[Headers, Json]:
+        words = hint.sentence("Retry after", f"{_number(hint.seconds)} seconds")
+        more = dict(hint.field("retry_after_seconds"), provider_name="Emulator")
+        if hint.per == "minute" and hint.how != "reset":
+            more["raw"] = f"{MODEL} gets too many requests upstream"
+            more["limit_source"] = "upstream_provider_shared_pool"
+            return {}, self.error(Row(429, "Provider returned error" + words, more=more))
+        span = {"minute": "per_minute", "hour": "hourly", "day": "daily"}[hint.per]
+        more["limit_source"] = f"openrouter_free_tier_{span}"
+        headers: Headers = {}
+        if hint.how == "reset":
+            instant = str(int((hint.now + hint.seconds) * 1000))
+            more["headers"] = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": instant}
+            headers = {} if hint.per == "minute" else more["headers"]  # the minute's: body only
+        message = f"Over the limit free-models-per-{hint.per.replace('minute', 'min')}"
+        return headers, self.error(Row(429, message + words, more=more))
+
+    def listed(self, model: str) -> Json:
+        free = model.endswith(":free") or model == "openrouter/free"
+        price = "0" if free else "-1" if model == "openrouter/auto" else "0.000003"
+        return {
+            "id": model,
+            "name": model,
+            "created": CREATED,
+            "context_length": 131072,
+            "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+            "pricing": {"prompt": price, "completion": price},
+            "expiration_date": None,
+        }
+
+    def listing(self, models: Sequence[str]) -> Json:
+        data = [self.listed(model) for model in models]
+        return {"data": data, "total_count": len(data), "links": {"next": None}}
+
+    def opening(self, model: str, reply: Reply) -> list[str]:
+        opening = [self.comment, self.comment, self.event(model, {"content": ""})]
+        if reply.reasoning:
+            opening.append(self.event(model, dict(self.thought(reply), content="")))
+        return opening
+
+    def pieces(self, model: str, reply: Reply) -> list[str]:
+        return [self.comment + piece for piece in super().pieces(model, reply)]
+
+    def closing(self, model: str, reply: Reply) -> list[str]:
+        last = model, {"content": ""}, reply.finish_reason
+        return [self.event(*last), self.event(*last, **self.figures(reply)), DONE]
+
+    def event(self, model: str, delta: Json, reason: str | None = None, **more: Any) -> str:
+        return super().event(model, dict(delta, role="assistant"), reason, **more)
+
+    def choice(self, finish_reason: str | None, **content: Json) -> Json:
+        return dict(super().choice(finish_reason, **content), native_finish_reason=finish_reason)
+
+    def thought(self, reply: Reply) -> Json:
+        detail = {"type": "reasoning.text", "text": reply.reasoning, "index": 0}
+        return dict(super().thought(reply), reasoning_details=[detail]) if reply.reasoning else {}
+
+    def usage(self, reply: Reply) -> Json:
+        return dict(super().usage(reply), cost=0, is_byok=False)
+
+
+DIALECTS: tuple[Dialect, ...] = (Cerebras(), Groq(), OpenRouter())
+
+
+def _dialect(provider: str) -> Dialect:
+    for dialect in DIALECTS:
+        if dialect.name == provider:
+            return dialect
+    raise ValueError(f"no such provider: {provider!r}")
+
+
+def _event(chunk: Json) -> str:
+    return f"data: {_dumps(chunk)}\n\n"
+
+
+def _dumps(value: Body) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _split(text: str, pieces: int) -> list[str]:
+    """The text in so many pieces of nearly the same length; fewer when it has fewer letters."""
+    cuts = [len(text) * number // pieces for number in range(pieces + 1)]
+    return [text[start:end] for start, end in zip(cuts, cuts[1:]) if start < end]
+
+
+def _tokens(text: str) -> int:
+    return math.ceil(len(text) / 4)
+
+
+def _number(value: float) -> str:
+    """7 for 7.0, 0.25 for 0.25."""
+    return f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+def _go_duration(seconds: float) -> str:
+    """480ms, 7.66s, 1m26.4s, 1h0m2s."""
+    if seconds < 1:
+        return f"{_number(seconds * 1000)}ms"
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    whole = f"{hours}h{minutes}m" if hours else f"{minutes}m" if minutes else ""
+    return f"{whole}{_number(rest)}s"
+
+
+# --- The wire: a connection, a reply as bytes, and the faults that spoil it ---------------------
+
+
+class _Link:
+    """One accepted connection. Whatever finds the other end gone raises an OSError.
+
+    It waits by listening: a client that leaves, or an emulator that stops, ends a wait at once.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.reader = connection.makefile("rb")
+
+    def read(self) -> tuple[str, str, Headers, bytes] | None:
+        """Method, path, headers and body of the next request, None when there is none."""
+        words = self.reader.readline().decode("latin-1").split()
+        if len(words) != 3:
+            return None
+        headers = {}
+        for line in iter(self.reader.readline, b"\r\n"):
+            if not line:
+                return None
+            name, _, value = line.decode("latin-1").partition(":")
+            headers[name.strip().lower()] = value.strip()
+        length = headers.get("content-length", "0")
+        body = self.reader.read(int(length) if length.isdigit() else 0)
+        return words[0], urlsplit(words[1]).path, headers, body
+
+    def send(self, part: bytes) -> None:
+        self.connection.sendall(part)
+
+    def wait(self, seconds: float) -> None:
+        if seconds <= 0:
+            return
+        self.connection.settimeout(seconds)
+        try:
+            if not self.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionError("the client has gone")
+        except socket.timeout:
+            pass
+        finally:
+            self.connection.settimeout(None)
+
+    def hold(self) -> None:
+        while self.connection.recv(65536):
+            pass
+
+    def reset(self) -> None:
+        """Makes the coming close() an RST."""
+        linger = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    def close(self) -> None:
+        self.reader.close()
+        self.connection.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Page:
+    """A reply as bytes, whole and right: the steps that a gap separates, and what ends them."""
+
+    status: int
+    headers: Headers
+    steps: list[bytes]  # at least one, each with a piece of the text
+    ending: bytes
+    gap: float
+    chunked: bool
+    beat: bytes  # what keeps the connection alive without saying anything
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.steps) + self.ending
+
+    @property
+    def beginning(self) -> list[bytes]:
+        return self.steps[: max(1, len(self.steps) // 2)]
+
+    def head(self, missing: int = 0) -> bytes:
+        """Status line and headers; they promise `missing` bytes more than there are."""
+        length = len(self.body) + missing
+        framing = "transfer-encoding: chunked" if self.chunked else f"content-length: {length}"
+        lines = [f"{name}: {value}" for name, value in self.headers.items()]
+        phrase = http.client.responses.get(self.status, "Emulated")
+        head = [f"HTTP/1.1 {self.status} {phrase}", framing, *lines, "\r\n"]
+        return "\r\n".join(head).encode("latin-1")
+
+    def frame(self, part: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(part), part) if self.chunked and part else part
+
+
+def _page(dialect: Dialect, reply: Reply, model: str, stream: bool) -> _Page:
+    """The reply in the dialect, as bytes."""
+    steps, ending, content_type = _content(dialect, reply, model, stream)
+    headers = {"content-type": content_type, "server": "cloudflare"}
+    if reply.status == 200:
+        headers.update(dialect.headers)
+    headers.update((name.lower(), value) for name, value in reply.headers.items())
+    streams = headers["content-type"].startswith("text/event-stream")
+    beat = dialect.comment.encode() if streams else b"\n"
+    chunked = reply.fault in ENDLESS or streams or dialect.chunked
+    chunked = chunked and reply.fault not in SIZED
+    return _Page(reply.status, headers, steps, ending, reply.gap, chunked, beat)
+
+
+def _content(
+    dialect: Dialect, reply: Reply, model: str, stream: bool
+) -> tuple[list[bytes], bytes, str]:
+    """The steps and the ending of the body, and its type."""
+    if reply.fault == "html":
+        return _halves(b"<!DOCTYPE html>\n<title>Bad gateway</title>\n"), b"", "text/html"
+    if reply.fault == "empty":
+        return [b""], b"", JSON_TYPE
+    if reply.body is not None:
+        return _halves(_encoded(reply.body, model)), b"", JSON_TYPE
+    if reply.status >= 300:
+        body = dialect.error(Row(reply.status, f"An emulated {reply.status}"))
+        return _halves(_encoded(body, model)), b"", JSON_TYPE
+    told = _told(dialect, reply, model)
+    if not stream:
+        return _halves(_dumps(dialect.document(model, told)).encode()), b"", JSON_TYPE
+    pieces = dialect.pieces(model, told)
+    steps = ["".join([*dialect.opening(model, told), *pieces[:1]]), *pieces[1:]]
+    ending = "".join(dialect.closing(model, told))
+    return [step.encode() for step in steps], ending.encode(), dialect.stream_type
+
+
+def _encoded(body: Body, model: str) -> bytes:
+    """The body as bytes, with the model's name where MODEL stands; bytes stay what they are."""
+    if isinstance(body, bytes):
+        return body
+    text = body if isinstance(body, str) else _dumps(body)
+    return text.replace(MODEL, _dumps(model)[1:-1]).encode()
+
+
+def _halves(body: bytes) -> list[bytes]:
+    middle = len(body) // 2
+    return [body[:middle], body[middle:]]
+
+
+def _send(link: _Link, page: _Page, steps: Sequence[bytes], tail: bytes = b"") -> None:
+    """Sends head, steps and tail: in one write, or with the gap between the steps."""
+    frames = [page.frame(step) for step in steps]
+    frames[0] = page.head() + frames[0]
+    frames[-1] += tail
+    if not page.gap:
+        frames = [b"".join(frames)]
+    for number, frame in enumerate(frames):
+        link.wait(page.gap if number else 0)
+        link.send(frame)
+
+
+# A fault gets the page that a healthy provider would send. Only what says True leaves the
+# connection fit for another request.
+
+
+def _whole(link: _Link, page: _Page) -> bool:
+    steps = [*page.steps[:-1], page.steps[-1] + page.ending]
+    _send(link, page, steps, b"0\r\n\r\n" if page.chunked else b"")
+    return True
+
+
+def _cut(link: _Link, page: _Page) -> bool:
+    return _whole(link, dataclasses.replace(page, steps=page.beginning, ending=b""))
+
+
+def _silence_after_headers(link: _Link, page: _Page) -> None:
+    link.send(page.head())
+    link.hold()
+
+
+def _stall(link: _Link, page: _Page) -> None:
+    _send(link, page, page.beginning)
+    link.hold()
+
+
+def _drip(link: _Link, page: _Page) -> bool:
+    link.send(page.head())
+    for number in page.body:
+        link.wait(page.gap or BEAT)
+        link.send(bytes([number]))
+    return True
+
+
+def _keep_alives(link: _Link, page: _Page) -> None:
+    link.send(page.head())
+    while True:
+        link.send(page.frame(page.beat))
+        link.wait(page.gap or BEAT)
+
+
+def _huge(link: _Link, page: _Page) -> None:
+    piece = page.steps[-1] or b" "
+    block = page.frame(piece * (1 + 65536 // len(piece)))
+    link.send(page.head() + page.frame(page.steps[0]))
+    while True:
+        link.send(block)
+
+
+def _reset_midway(link: _Link, page: _Page) -> None:
+    _send(link, page, page.beginning)
+    link.wait(page.gap or BEAT)  # the text is to be read before the RST discards it
+    link.reset()
+
+
+FAULTS: dict[str, Callable[[_Link, _Page], bool | None]] = {
+    "": _whole,
+    "silence": lambda link, page: link.hold(),  # not one byte
+    "silence-after-headers": _silence_after_headers,
+    "stall": _stall,  # some text, then nothing
+    "drip": _drip,  # all of it, with its length, byte by byte
+    "keep-alives": _keep_alives,  # comments for ever (new lines, where no stream was asked for)
+    "reset": lambda link, page: link.reset(),  # an RST instead of a reply
+    "reset-midway": _reset_midway,  # some text, then an RST
+    "cut": _cut,  # some text, and an end that is right for HTTP and wrong for the answer
+    "short": lambda link, page: link.send(page.head(missing=100) + page.body),  # than its length
+    "html": _whole,  # a web page instead of the answer
+    "empty": _whole,  # a body of no bytes
+    "huge": _huge,  # text without end (a line without end, where no stream was asked for)
+    "close": lambda link, page: None,  # the connection is closed instead of a reply
+}
+SIZED, ENDLESS = ("drip", "short"), ("keep-alives", "huge")  # with a content-length; without
+
+
+# --- The server ---------------------------------------------------------------------------------
+
+
+class Emulator:
+    """The three providers on a port of 127.0.0.1, for as long as the `with` block lasts.
+
+    models: what a provider serves, by its name; another model is then gone. A provider that is
+    not named there answers for every model.
+    """
+
+    def __init__(self, models: Mapping[str, Sequence[str]] | None = None, port: int = 0) -> None:
+        self.url = ""  # known once it serves
+        self.connections = 0  # accepted so far
+        self._served = {_dialect(name).name: tuple(ids) for name, ids in (models or {}).items()}
+        self._port = port
+        self._plans: dict[str, list[Reply]] = {}
+        self._asked: list[Asked] = []
+        self._links: dict[_Link, threading.Thread] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Emulator:
+        self._stopping = False
+        self._listener = socket.socket()
+        try:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited
+            self._listener.bind(("127.0.0.1", self._port))
+            self._listener.listen(1024)
+        except OSError:
+            self._listener.close()
+            raise
+        self._port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._acceptor = threading.Thread(target=self._accept, name="emulator", daemon=True)
+        self._acceptor.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopping = True
+        with contextlib.suppress(OSError):  # a connection wakes the acceptor
+            socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+        self._acceptor.join()
+        self._listener.close()
+        with self._lock:
+            links = dict(self._links)
+            for link in links:
+                with contextlib.suppress(OSError):  # the client may have gone
+                    link.connection.shutdown(socket.SHUT_RDWR)
+        for thread in links.values():
+            thread.join()
+
+    def environment(self) -> dict[str, str]:
+        """The variables that point the program here; the base URLs leave the path to it."""
+        variables = {}
+        for dialect in DIALECTS:
+            variables[f"{dialect.name.upper()}_API_KEY"] = dialect.key
+            variables[f"{dialect.name.upper()}_BASE_URL"] = self.url
+        return variables
+
+    def plan(self, target: str, *replies: Reply) -> None:
+        """Sets the replies of a provider, or of one of its models ("groq/openai/gpt-oss-20b").
+
+        They come in order, the last one for ever; none: the plan is dropped. A model's own plan
+        wins. "groq/models" and "openrouter/key" are the replies to GET.
+        """
+        _dialect(target.split("/")[0])
+        with self._lock:
+            self._plans[target] = list(replies)
+
+    @property
+    def asked(self) -> list[Asked]:
+        """The requests so far, in the order of their arrival."""
+        with self._lock:
+            return list(self._asked)
+
+    def _accept(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            if self._stopping:
+                connection.close()
+                return
+            link = _Link(connection)
+            thread = threading.Thread(target=self._serve, args=(link,), daemon=True)
+            with self._lock:
+                self.connections += 1
+                self._links[link] = thread
+            thread.start()
+
+    def _serve(self, link: _Link) -> None:
+        """Answers the requests of one connection until either end has had enough."""
+        try:
+            with contextlib.suppress(OSError):
+                while self._answer(link):
+                    pass
+        finally:
+            with self._lock:
+                del self._links[link]
+                link.close()
+
+    def _answer(self, link: _Link) -> bool:
+        """Answers one request. Returns whether there may be another."""
+        request = link.read()
+        if request is None:
+            return False
+        method, path, headers, raw = request
+        body = _parsed(raw)
+        model = body["model"] if isinstance(body.get("model"), str) else ""
+        found = [dialect for dialect in DIALECTS if path.startswith(dialect.path + "/")]
+        provider = found[0].name if found else ""
+        asked = Asked(time.monotonic(), provider, path, model, headers, body)
+        with self._lock:
+            self._asked.append(asked)
+        dialect = found[0] if found else DIALECTS[0]
+        reply = self._reply(dialect, method, asked)
+        stream = reply.stream
+        if stream is None:
+            stream = body.get("stream") is True and reply.fault not in SIZED
+        page = _page(dialect, reply, model, stream)
+        link.wait(reply.delay)
+        fit = FAULTS[reply.fault](link, page)
+        return bool(fit) and headers.get("connection") != "close"
+
+    def _reply(self, dialect: Dialect, method: str, asked: Asked) -> Reply:
+        """What the provider says to this request."""
+        if asked.headers.get("user-agent", "").startswith(REFUSED_AGENTS):
+            return error(dialect.name, "cloudflare")
+        endpoint = f"{method} {asked.path[len(dialect.path) :]}"
+        if not asked.provider or endpoint not in dialect.endpoints:
+            return error(dialect.name, "no_path")
+        authorization = asked.headers.get("authorization")
+        if endpoint not in dialect.keyless and authorization != f"Bearer {dialect.key}":
+            no_key = authorization is None and "no_key" in dialect.errors
+            return error(dialect.name, "no_key" if no_key else "bad_key")
+        if endpoint == CHAT:
+            return self._chat(dialect, asked)
+        planned = self._next(dialect.name + endpoint[len("GET ") :])
+        return planned or Reply(body=self._data(dialect, endpoint))
+
+    def _chat(self, dialect: Dialect, asked: Asked) -> Reply:
+        if not (asked.model and isinstance(asked.body.get("messages"), list)):
+            return error(dialect.name, "bad_request")
+        planned = self._next(f"{dialect.name}/{asked.model}")
+        if planned is not None:
+            return planned
+        if asked.model not in self._served.get(dialect.name, [asked.model]):
+            return error(dialect.name, "gone")
+        return self._next(dialect.name) or Reply()
+
+    def _data(self, dialect: Dialect, endpoint: str) -> Json:
+        if endpoint == MODELS:
+            return dialect.listing(self._served.get(dialect.name, dialect.models))
+        daily = {"used": 2, "limit": 50, "remaining": 48}
+        key = {"label": "sk-or-v1-emu...lat", "limit": None, "limit_remaining": None, "usage": 0}
+        return {"data": dict(key, is_free_tier=True, free_model_daily_requests=daily)}
+
+    def _next(self, target: str) -> Reply | None:
+        """The next planned reply, None without a plan."""
+        with self._lock:
+            replies = self._plans.get(target)
+            if not replies:
+                return None
+            return replies.pop(0) if len(replies) > 1 else replies[0]
+
+
+def _parsed(body: bytes) -> Json:
+    """The JSON object in the body, {} when it holds none."""
+    try:
+        parsed = json.loads(body.decode())
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The three providers on a loopback port.")
+    parser.add_argument("--port", type=int, default=0, help="default: one that is free")
+    port = parser.parse_args().port
+    with contextlib.suppress(KeyboardInterrupt), Emulator(port=port) as emulator:
+        for name, value in emulator.environment().items():
+            print(f"export {name}={shlex.quote(value)}", flush=True)
+        while True:
+            time.sleep(3600)
+
+
+if __name__ == "__main__":
+    main()
