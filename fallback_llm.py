@@ -46,22 +46,13 @@ if TYPE_CHECKING:
     Event = Tuple[bytes, bytes]  # type, data
     Ruling = Tuple["Verdict", bool]  # and whether it holds for the whole provider
 
-__all__ = [  # fmt: skip
-    "PROVIDERS",
-    "AllProvidersFailed",
-    "Answer",
-    "AnswerRefused",
-    "Attempt",
-    "FallbackLLM",
-    "FallbackLLMError",
-    "NoProviderError",
-    "Provider",
-    "ProviderHealth",
-    "ProviderStatus",
-    "RetryConfig",
-    "StreamInterrupted",
-    "Verdict",
+# fmt: off
+__all__ = [
+    "PROVIDERS", "AllProvidersFailed", "Answer", "AnswerRefused", "Attempt", "FallbackLLM",
+    "FallbackLLMError", "NoProviderError", "Provider", "ProviderHealth", "ProviderStatus",
+    "RetryConfig", "StreamInterrupted", "Verdict",
 ]
+# fmt: on
 __version__ = "1.0.0"
 
 CONNECT_TIMEOUT = 5.0
@@ -250,9 +241,12 @@ class Question:
 
 
 class FallbackLLMError(Exception):
-    """Base of this module's errors. attempts: the trail of the question."""
+    """Base of this module's errors; the evidence is in its attributes."""
 
-    attempts: tuple[Attempt, ...] = ()
+    attempts: tuple[Attempt, ...] = ()  # the trail of the question
+    retry_after: float | None = None  # AllProvidersFailed: seconds, if a server said when to come
+    reason = ""  # AnswerRefused: the provider's own
+    partial = provider = model = ""  # StreamInterrupted: the text so far, and whose it is
 
     def __init__(self, message: str = "", **evidence: Any) -> None:
         super().__init__(message)
@@ -264,23 +258,15 @@ class NoProviderError(FallbackLLMError):
 
 
 class AllProvidersFailed(FallbackLLMError):
-    """Nobody is left, or the time is up. retry_after: seconds, where servers said when to come."""
-
-    retry_after: float | None = None
+    """Nobody is left in the line, or the time is up."""
 
 
 class AnswerRefused(FallbackLLMError):
-    """A provider refuses the question itself, for this reason."""
-
-    reason: str = ""
+    """A provider refuses the question itself."""
 
 
 class StreamInterrupted(FallbackLLMError):
-    """A stream broke after its first text. partial: all that came of it."""
-
-    partial: str = ""
-    provider: str = ""
-    model: str = ""
+    """A stream broke after its first text."""
 
 
 # --- 3. Providers -------------------------------------------------------------------------------
@@ -383,10 +369,10 @@ def judge(status: int, headers: Mapping[str, str], body: Any, now: float) -> Fai
         verdict, wide = Verdict.FAULT if verdict is Verdict.DENIED else verdict, False
     if verdict is Verdict.RATE_LIMITED and headers.get("x-should-retry") == "false":
         verdict = Verdict.FAULT
-    hints = [h for h in hints_in(headers, error, now) if h is not None and 0 <= h <= MAX_HINT]
-    if verdict is Verdict.RATE_LIMITED and re.search(LONG, error.message):
-        hints.append(3600.0)
-    return Failure(verdict, told(status, code, error), wide, (hints or [None])[0])
+    hint = next((h for h in hints_in(headers, error, now) if 0 <= h <= MAX_HINT), None)
+    if hint is None and verdict is Verdict.RATE_LIMITED and re.search(LONG, error.message):
+        hint = 3600.0
+    return Failure(verdict, told(status, code, error), wide, hint)
 
 
 def by_status(status: int | None, said: str) -> Ruling:
@@ -426,7 +412,7 @@ class Evidence:
         if any(dig(self.metadata, name) for name in ("reasons", "flagged_input", "patterns")):
             self.codes.append("moderation")
         inner = [dig(error, "status_code"), dig(whole, "status_code"), dig(error, "code")]
-        statuses = [number(value) or 0 for value in [*inner, dig(error, "http_status")]]
+        statuses = [number(value) for value in [*inner, dig(error, "http_status")]]
         self.status = next((int(status) for status in statuses if 400 <= status <= 599), None)
         self.upstream: Evidence | None = None
         if self.message == "Provider returned error":
@@ -463,13 +449,13 @@ def dig(value: Any, *path: str | int) -> Any:
     return value
 
 
-def number(value: Any) -> float | None:
-    """The value as a finite number; None for anything else."""
+def number(value: Any) -> float:
+    """The value as a finite number; nan for anything else."""
     try:
         found = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        return None
-    return found if math.isfinite(found) else None
+        return math.nan
+    return found if math.isfinite(found) else math.nan
 
 
 def parsed(body: str | bytes) -> Any:
@@ -481,45 +467,42 @@ def parsed(body: str | bytes) -> Any:
         return text
 
 
-def hints_in(headers: Mapping[str, str], error: Evidence, now: float) -> Iterator[float | None]:
-    """Seconds after which the server wants to be asked again, the best source first."""
-    milliseconds = number(headers.get("retry-after-ms"))
-    yield None if milliseconds is None else milliseconds / 1000
-    yield retry_after(headers.get("retry-after"), headers.get("date"), now)
+def hints_in(headers: Mapping[str, str], error: Evidence, now: float) -> Iterator[float]:
+    """Seconds after which the server wants to be asked again, the best source first. nan: none."""
+    date, echo = headers.get("date"), dig(error.metadata, "headers")
+    echo = {name.lower(): echo[name] for name in echo} if isinstance(echo, dict) else {}
+    yield number(headers.get("retry-after-ms")) / 1000
+    yield retry_after(headers.get("retry-after"), date, now)
     yield number(dig(error.metadata, "retry_after_seconds"))
     yield number(dig(error.availability, "retry_after"))
-    echo = dig(error.metadata, "headers")
-    echo = {name.lower(): echo[name] for name in echo} if isinstance(echo, dict) else {}
-    yield retry_after(echo.get("retry-after"), headers.get("date"), now)
+    yield retry_after(echo.get("retry-after"), date, now)
     yield duration(error.message)
     for place in (echo, headers):
         instant = number(place.get("x-ratelimit-reset"))
-        yield None if instant is None else (instant / 1000 if instant > 1e11 else instant) - now
+        yield (instant / 1000 if instant > 1e11 else instant) - now
 
 
-def retry_after(value: Any, date: str | None, now: float) -> float | None:
+def retry_after(value: Any, date: str | None, now: float) -> float:
     """Seconds in a Retry-After: a number, or a date, which counts from the reply's own Date."""
-    seconds = number(value)
-    if seconds is not None or not isinstance(value, str):
-        return seconds
     from email.utils import mktime_tz, parsedate_tz
 
-    try:
-        then, sent = parsedate_tz(value), parsedate_tz(date or "")
-        return mktime_tz(then) - (mktime_tz(sent) if sent else now) if then else None
-    except (TypeError, ValueError, OverflowError, IndexError):
-        return None
+    seconds = number(value)
+    if math.isnan(seconds) and isinstance(value, str):
+        with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
+            sent = parsedate_tz(date or "")
+            return mktime_tz(parsedate_tz(value)) - (mktime_tz(sent) if sent else now)  # type: ignore
+    return seconds
 
 
 UNITS = {"ms": 0.001, "milli": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 PART = r"(\d+(?:\.\d+)?) ?(ms|milli|[smhd]|(?![a-z]))[a-z]*"
 
 
-def duration(message: str) -> float | None:
+def duration(message: str) -> float:
     """Seconds in "try again in 1m26.4s", "in 850ms", "retry after 40 seconds"."""
     said = re.search(rf"(?i)\b(?:again|retry) (?:in|after) ((?:{PART},? ?(?:and )?)+)", message)
     parts = re.findall("(?i)" + PART, said.group(1)) if said else []
-    return sum(float(count) * UNITS[unit.lower()] for count, unit in parts) if parts else None
+    return sum(float(count) * UNITS[unit.lower()] for count, unit in parts) if parts else math.nan
 
 
 def backoff(config: RetryConfig, failures: int) -> float:
@@ -561,8 +544,8 @@ def line_after(
         if failure.verdict is Verdict.RATE_LIMITED and not config.eager:
             patience = sum(backoff(config, n) for n in range(attempts, config.max_attempts))
         place, patience = (stay, patience) if wait <= patience else (last, 0.0)
-        after = {"attempts": attempts, "ready_at": now + wait, "patience": patience}
-        place.append(dataclasses.replace(turn, **after))
+        turn = Turn(turn.row, turn.model, turn.label, attempts, now + wait, patience)
+        place.append(turn)
     return stay + last
 
 
@@ -805,38 +788,35 @@ class Memory:
         for mark in self.of(turn):
             mark.later_until = until
 
-    def succeeded(self, turn: Turn, since: float, epoch: float) -> None:
-        """Forgives what failed before `since`, when the attempt began."""
-        seen = self._seen.setdefault(turn.row.name, ProviderHealth())
-        seen.last_success, seen.consecutive_failures = epoch, 0
-        for key in ((turn.row.name, ""), (turn.row.name, turn.model)):
-            if key in self._marks and self._marks[key].failed_at <= since:
-                del self._marks[key]
-
-    def failed(
+    def record(
         self,
         turn: Turn,
-        failure: Failure,
+        failure: Failure | None,
         config: RetryConfig,
         since: float,
         now: float,
         epoch: float,
     ) -> None:
-        """Attempts that were under way together (`since`: their begin) count as one failure."""
+        """How an attempt that began at `since` has ended. A success forgives what failed before it
+        began; failures that were under way together count as one.
+        """
         self.lease(turn, now)
-        if failure.verdict.asked_last is None or failure.blameless:
-            return
-        key = (turn.row.name, "" if failure.wide else turn.model)
-        mark = self._marks.setdefault(key, Mark(failure.verdict))
         seen = self._seen.setdefault(turn.row.name, ProviderHealth())
-        if since >= mark.failed_at:
-            mark.failures += 1
-            seen.consecutive_failures += 1
-        pause = failure.verdict.asked_last or backoff(config, mark.failures)
-        mark.verdict, mark.failed_at, mark.later_until = failure.verdict, now, now + pause
-        if failure.hint is not None:
-            mark.ready_at = max(mark.ready_at, now + failure.hint)
-        seen.last_failure = epoch
+        if failure is None:
+            seen.last_success, seen.consecutive_failures = epoch, 0
+            for key in ((turn.row.name, ""), (turn.row.name, turn.model)):
+                if key in self._marks and self._marks[key].failed_at <= since:
+                    del self._marks[key]
+        elif failure.verdict.asked_last is not None and not failure.blameless:
+            key = (turn.row.name, "" if failure.wide else turn.model)
+            mark = self._marks.setdefault(key, Mark(failure.verdict))
+            counts = since >= mark.failed_at
+            mark.failures += counts
+            seen.consecutive_failures += counts
+            pause = failure.verdict.asked_last or backoff(config, mark.failures)
+            mark.verdict, mark.failed_at, mark.later_until = failure.verdict, now, now + pause
+            mark.ready_at = max(mark.ready_at, now + (failure.hint or 0.0))
+            seen.last_failure = epoch
 
     def pause(self, line: list[Turn], now: float) -> float | None:
         """Seconds until the first of them may be asked again, by the servers' word."""
@@ -883,13 +863,22 @@ class Limits:
         """Seconds that the next read may take; raises a Failure when nothing is left."""
         left = min(self._until, self._deadline) - self._clock()
         if left <= 0 and not self.finished:
-            raise self.failure()
+            raise self.failure(f"silent for {self._silence:g} s")
         return left
 
-    def failure(self, reason: str = "") -> Failure:
+    def failure(self, reason: str, wide: bool = True) -> Failure:
+        """That the question's time is up, or else this reason."""
         if self._clock() >= self._deadline - 0.01:  # a socket may time out a little early
             return Failure(Verdict.FAULT, "the question's time limit is up", blameless=True)
-        return Failure(Verdict.FAULT, reason or f"silent for {self._silence:g} s", wide=True)
+        return Failure(Verdict.FAULT, reason, wide)
+
+
+HEADERS = {
+    "User-Agent": "fallback_llm/" + __version__,  # those of libraries get a 403 (2026-09)
+    "Accept": "text/event-stream, application/json",
+    "Accept-Encoding": "identity",
+    "Content-Type": "application/json",
+}
 
 
 class Transport:
@@ -898,7 +887,7 @@ class Transport:
     """
 
     def __init__(self, session: requests.Session | None) -> None:
-        self._session = session
+        self.session = session
         self._templates: dict[Any, Any] = {}
         self._lock = threading.Lock()
 
@@ -909,11 +898,9 @@ class Transport:
         yields its body as it comes, decompressed. Raises a Failure when none comes, or it is cut,
         silent or endless.
         """
-        import socket
         import zlib
         from http.client import HTTPException
 
-        import requests  # the only import of it: it costs six times all the rest
         from urllib3.exceptions import HTTPError
 
         try:
@@ -924,8 +911,7 @@ class Transport:
                     "x-gzip",
                     "deflate",
                 )
-                unpack = zlib.decompressobj(47) if packed else None  # 47: either of them
-                size = 0
+                unpack, size = zlib.decompressobj(47) if packed else None, 0  # 47: either of them
                 for chunk in self._chunks(reply, limits):
                     data = unpack.decompress(chunk, MAX_BODY) if unpack else chunk
                     size += len(data)
@@ -935,55 +921,48 @@ class Transport:
                 if unpack and not unpack.eof:
                     raise Failure(Verdict.FAULT, "the answer was cut: half of a compressed body")
         except (OSError, HTTPException, HTTPError, zlib.error) as error:
-            if limits.finished:
-                return
-            if isinstance(error, (socket.timeout, requests.Timeout)):
-                raise limits.failure("" if reading.status else str(error)) from None
-            reason = str(error) or type(error).__name__
-            raise Failure(Verdict.FAULT, reason, wide=reading.status is None) from None
+            if not limits.finished:
+                silent = reading.status is None or "timed out" in str(error)
+                raise limits.failure(str(error) or type(error).__name__, wide=silent) from None
 
     def _send(self, url: str, key: str | None, body: bytes | None, limits: Limits) -> Any:
         """The reply, a requests.Response whose body is unread. Through the session's adapters, not
         `Session.send`: that looks up proxies, netrc and cookies at every call (half the time of a
         warm one), and reads all of a redirect's body.
         """
-        adapter, template, settings = self._template(url, key, "GET" if body is None else "POST")
+        with self._lock:
+            kind = (url, key, body is None)
+            if kind not in self._templates:
+                self._templates[kind] = self._template(*kind)
+            adapter, template, settings = self._templates[kind]
         request = template.copy()
         if body is not None:
             request.body = body
             request.headers["Content-Length"] = str(len(body))
-        left = limits.left()
-        timeout = (min(CONNECT_TIMEOUT, left), left)
+        timeout = (min(CONNECT_TIMEOUT, limits.left()), limits.left())
         return adapter.send(request, stream=True, timeout=timeout, **settings)
 
-    def _template(self, url: str, key: str | None, method: str) -> Any:
-        """The adapter, the request without its body, and what the environment says of proxies and
-        certificates; made once.
+    def _template(self, url: str, key: str | None, is_get: bool) -> Any:
+        """What all requests of a kind share: the adapter, the request without its body, what the
+        environment says of proxies and certificates.
         """
-        import requests
+        import requests  # the only import of it: it costs six times all the rest
         from requests.adapters import HTTPAdapter
+
+        if self.session is None:
+            self.session = requests.Session()
+            for scheme in ("https://", "http://"):
+                self.session.mount(scheme, HTTPAdapter(pool_maxsize=POOL_WIDTH, max_retries=0))
 
         def bearer(request: requests.PreparedRequest) -> requests.PreparedRequest:
             request.headers.update({"Authorization": "Bearer " + key} if key else {})
             return request
 
-        with self._lock:
-            if self._session is None:
-                self._session = requests.Session()
-                for scheme in ("https://", "http://"):
-                    self._session.mount(scheme, HTTPAdapter(pool_maxsize=POOL_WIDTH, max_retries=0))
-            if (url, key, method) not in self._templates:
-                # auth is a callable, because an entry in ~/.netrc would replace a header
-                request = requests.Request(method, url, headers=HEADERS, auth=bearer).prepare()
-                settings = self._session.merge_environment_settings(url, {}, None, None, None)
-                settings = {k: v for k, v in settings.items() if k != "stream"}
-                adapter = self._session.get_adapter(url)
-                self._templates[url, key, method] = (adapter, request, settings)
-            return self._templates[url, key, method]
-
-    def close(self) -> None:
-        if self._session is not None:
-            self._session.close()
+        # auth is a callable, because an entry in ~/.netrc would replace a header
+        request = requests.Request("GET" if is_get else "POST", url, HEADERS, auth=bearer).prepare()
+        settings: Any = self.session.merge_environment_settings(url, {}, None, None, None)
+        del settings["stream"]
+        return self.session.get_adapter(url), request, settings
 
     @staticmethod
     def _chunks(reply: Any, limits: Limits) -> Iterator[bytes]:
@@ -1012,20 +991,12 @@ class Transport:
         reply.raw.release_conn()
 
 
-HEADERS = {
-    "User-Agent": "fallback_llm/" + __version__,  # those of libraries get a 403 (2026-09)
-    "Accept": "text/event-stream, application/json",
-    "Accept-Encoding": "identity",
-    "Content-Type": "application/json",
-}
-
-
 # --- 8. FallbackLLM -----------------------------------------------------------------------------
 
 PLACEHOLDER = r"(?i)your[_ -].*|.*[_ -]here|<.*>|change.?me|replace.?me|x{3,}|\.{3,}|todo|none|null"
 
 
-def settings_of(names: Iterable[str]) -> tuple[Json, set[str]]:
+def settings_of(names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
     """(values by name, names that hold only a placeholder): from the environment, ./.env and the
     .env beside this file, in this order. Nothing else is taken from a .env, nothing is set.
     """
@@ -1035,9 +1006,8 @@ def settings_of(names: Iterable[str]) -> tuple[Json, set[str]]:
     values, placeholders = {}, set()
     for name in names:
         found = list(filter(None, (clean(source.get(name)) for source in sources)))
-        real = [value for value in found if not re.fullmatch(PLACEHOLDER, value)]
-        values[name] = real[0] if real else None
-        placeholders |= {name} if found and not real else set()
+        values[name] = next((v for v in found if not re.fullmatch(PLACEHOLDER, v)), "")
+        placeholders |= {name} if found and not values[name] else set()
     return values, placeholders
 
 
@@ -1045,18 +1015,19 @@ def _dotenv(path: str) -> Mapping[str, str | None]:
     """The variables in a .env file; one warning if it cannot be read."""
     import io
 
+    problem = "cannot be read: save it as UTF-8"
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
-        if "\0" not in text:
-            from dotenv import dotenv_values
+        from dotenv import dotenv_values
 
+        if "\0" not in text:
             return dotenv_values(stream=io.StringIO(text), interpolate=False)
-        logger.warning("⚠️  %s cannot be read: save it as UTF-8", path)
-    except (OSError, ValueError):
-        logger.warning("⚠️  %s cannot be read: save it as UTF-8", path)
     except ImportError:
-        logger.warning("⚠️  %s is not read: pip install python-dotenv", path)
+        problem = "is not read: pip install python-dotenv"
+    except (OSError, ValueError):
+        pass
+    logger.warning("⚠️  %s %s", path, problem)
     return {}
 
 
@@ -1071,13 +1042,16 @@ def base_url(row: Provider) -> str:
     """
     name = row.variable("BASE_URL")
     url = (clean(os.environ.get(name)) or row.base_url).rstrip("/")
-    match = re.match(r"(?i)(https?)://(\[[0-9a-f:.]+\]|[\w.-]+)(?::\d{1,5})?(/[^\s?#@]*)?$", url)
-    local = match and re.match(r"(?i)localhost$|127(\.\d+){3}$|\[::1\]$", match.group(2))
-    if not match or (match.group(1).lower() == "http" and not local):
-        raise ValueError(
-            f"{name} must be https://, or http:// to this machine, not {one_line(url)!r}"
-        )
-    return url if match.group(3) else url + "/" + row.base_url.split("/", 3)[3].rstrip("/")
+    host = r"(?i)(https://[\w.-]+|https?://(localhost|127(\.\d+){3}|\[::1\]))(:\d{1,5})?"
+    if not re.fullmatch(host + r"(/[^\s?#@]*)?", url):
+        allowed = "https://..., or http:// to this machine"
+        raise ValueError(f"{name} must be {allowed}, not {one_line(url)!r}")
+    path = row.base_url.partition("://")[2].partition("/")[2]
+    return f"{url}/{path}".rstrip("/") if re.fullmatch(host, url) else url
+
+
+STATISTICS = "total_requests successful_requests failed_requests rate_limited_requests".split()
+STATISTICS += ["provider_switches"]
 
 
 def _random() -> float:
@@ -1109,44 +1083,43 @@ class FallbackLLM:
         chance: Callable[[], float] = _random,
         session: requests.Session | None = None,
     ) -> None:
-        providers, api_keys = tuple(providers), dict(api_keys or {})
-        self._settings = {k: v for k, v in locals().items() if k not in ("self", "session")}
+        providers, given = tuple(providers), dict(api_keys or {})
+        self._settings = {
+            k: v for k, v in locals().items() if k not in ("self", "session", "given")
+        }
         self.retry_config = RetryConfig() if retry_config is None else retry_config
         self.timeout = timeout if timeout is None else checked("timeout", timeout)
-        self._silence = silence if silence is None else checked("silence", silence)
         self._clock, self._wall_clock, self._sleep, self._chance = clock, wall_clock, sleep, chance
-        self._rows = {row.name: row for row in providers}
-        names = [row.key_env or "" for row in providers]
-        names += [row.variable("MODELS") for row in providers]
-        found, self._placeholders = settings_of(names)
-        listed = {row.name: found[row.variable("MODELS")] or "" for row in providers}
-        self._found = {row.name: found[row.key_env or ""] for row in providers}
-        self.fallback_order = list(self._rows)
-        self.api_keys = {**self._found, **{self._row(k).name: v for k, v in api_keys.items()}}
+        self._rows: dict[str, Provider] = {}
+        for row in providers:
+            quiet = row.silence if silence is None else silence
+            self._rows[row.name] = dataclasses.replace(row, base_url=base_url(row), silence=quiet)
+        lists = {row.name: row.variable("MODELS") for row in providers}
+        names = [row.key_env for row in providers if row.key_env]
+        found, self._placeholders = settings_of([*names, *lists.values()])
         self.models = {
-            name: [model.strip() for model in models.split(",") if model.strip()]
+            name: [model.strip() for model in found[variable].split(",") if model.strip()]
             or list(self._rows[name].models)
-            for name, models in listed.items()
+            for name, variable in lists.items()
         }
+        self._found = {row.name: found.get(row.key_env or "") or None for row in providers}
+        self.api_keys = {**self._found, **{self._row(name).name: given[name] for name in given}}
+        self.fallback_order = list(self._rows)
         self._transport, self._memory = Transport(session), Memory()
-        self._discovered: set[str] = set()
+        self._discovered: set[str] = set()  # providers that were asked what they serve
         self._lock = threading.Lock()
-        self.reset_stats()
+        self._stats = [0] * len(STATISTICS)
 
     def __getstate__(self) -> Json:
         """The settings; of the keys only those that this object was given."""
-        keys = {name: key for name, key in self.api_keys.items() if key != self._found[name]}
-        keys = {**self._settings["api_keys"], **keys}
-        state = {**self._settings, "api_keys": keys, "retry_config": self.retry_config}
-        return {"settings": state, "order": self.fallback_order, "models": self.models}
+        changed = {name: key for name, key in self.api_keys.items() if key != self._found[name]}
+        keys = {**(self._settings["api_keys"] or {}), **changed}
+        settings = {**self._settings, "api_keys": keys, "retry_config": self.retry_config}
+        return {"settings": settings, "fallback_order": self.fallback_order, "models": self.models}
 
     def __setstate__(self, state: Json) -> None:
-        self.__init__(**state["settings"])  # type: ignore[misc]
-        self.fallback_order, self.models = state["order"], state["models"]
-
-    def close(self) -> None:
-        """Closes the connections that are kept alive."""
-        self._transport.close()
+        self.__init__(**state.pop("settings"))  # type: ignore[misc]
+        self.__dict__.update(state)
 
     # Asking
 
@@ -1238,15 +1211,13 @@ class FallbackLLM:
                     self._sleep(wait)
                 begun = self._clock()
                 reading, failure = yield from self._attempt(turn, question, deadline, live)
-                trail.append(attempt_of(turn, reading, failure, wait, self._clock() - begun))
-                self._remember(turn, failure, begun)
+                trail.append(self._recorded(turn, reading, failure, wait, begun))
                 if failure is None:
-                    answered = True
-                    return answer_of(turn, reading, trail, self._clock() - started)
+                    answered, elapsed = True, self._clock() - started
+                    return answer_of(turn, reading, trail, elapsed)
                 stop_if_final(turn, failure, reading.text if live else [], trail)
-                line = line_after(
-                    line, turn, failure, self.retry_config, self._clock(), self._chance()
-                )
+                now, chance = self._clock(), self._chance()
+                line = line_after(line, turn, failure, self.retry_config, now, chance)
                 line += self._served_instead(turn.row, question, trail, deadline)
                 last = turn
         except GeneratorExit:  # the caller has read enough
@@ -1264,7 +1235,7 @@ class FallbackLLM:
             turn, wait = next_turn(line, now, limit) or (None, 0.0)
             if turn is None or now >= deadline:
                 return line, None, 0.0
-            self._memory.lease(turn, now + wait + self._silence_of(turn.row) + CONNECT_TIMEOUT)
+            self._memory.lease(turn, now + wait + turn.row.silence + CONNECT_TIMEOUT)
             return line, turn, wait
 
     def _attempt(
@@ -1272,7 +1243,7 @@ class FallbackLLM:
     ) -> Generator[str, None, tuple[Reading, Failure | None]]:
         """One exchange: what was read, and why it is no answer (None: it is one)."""
         reading = Reading(self._wall_clock())
-        limits = Limits(self._clock, self._silence_of(turn.row), deadline)
+        limits = Limits(self._clock, turn.row.silence, deadline)
         try:
             body = request_body(question.fields, turn)
             for chunk in self._exchange(turn.row, "/chat/completions", body, reading, limits):
@@ -1285,72 +1256,61 @@ class FallbackLLM:
             for text in reading.end():
                 if live and text:
                     yield text
-            return reading, redacted(reading.failure(live), self.api_keys.values())
+            return reading, reading.failure(live)
         except Failure as failure:
-            return reading, redacted(failure, self.api_keys.values())
+            return reading, failure
 
     def _exchange(
         self, row: Provider, path: str, body: bytes | None, reading: Reading, limits: Limits
     ) -> Iterator[bytes]:
-        url = base_url(row) + path
-        return self._transport.exchange(url, self._key(row), body, reading, limits)
+        return self._transport.exchange(row.base_url + path, self._key(row), body, reading, limits)
 
-    def _silence_of(self, row: Provider) -> float:
-        return row.silence if self._silence is None else self._silence
-
-    def _remember(self, turn: Turn, failure: Failure | None, begun: float) -> None:
-        """Puts the result into the memory and tells of it."""
+    def _recorded(
+        self, turn: Turn, reading: Reading, failure: Failure | None, wait: float, begun: float
+    ) -> Attempt:
+        """The attempt as it stands in the trail. Remembers it, and tells how it ended."""
+        now, epoch = self._clock(), self._wall_clock()
+        if failure is not None:
+            failure.reason = one_line(failure.reason, self.api_keys.values())
         with self._lock:
-            if failure is None:
-                self._memory.succeeded(turn, begun, self._wall_clock())
-            else:
-                times = (begun, self._clock(), self._wall_clock())
-                self._memory.failed(turn, failure, self.retry_config, *times)
+            self._memory.record(turn, failure, self.retry_config, begun, now, epoch)
         tell_result(turn, failure, self.retry_config)
+        verdict, reason = (failure.verdict, failure.reason) if failure else (None, "")
+        names = (turn.row.name, turn.model, turn.attempts + 1)
+        return Attempt(*names, reading.status, verdict, reason, wait, now - begun)
 
     def _all_failed(self, line: list[Turn], trail: list[Attempt]) -> AllProvidersFailed:
         with self._lock:
             pause = self._memory.pause(line, self._clock())
         reasons = {attempt.provider: attempt.reason for attempt in trail}
         message = "All providers and models failed"
-        message += f" (come back in {math.ceil(pause)} s)" if pause is not None else ""
+        message += "" if pause is None else f" (come back in {math.ceil(pause)} s)"
         message += "".join(f"; {name}: {reason}" for name, reason in reasons.items())
         return AllProvidersFailed(message, attempts=tuple(trail), retry_after=pause)
 
-    # Models that are served in place of those that are gone
+    # What providers serve
 
     def _served_instead(
         self, row: Provider, question: Question, trail: list[Attempt], deadline: float
     ) -> list[Turn]:
         """Turns for models that the provider serves, once all its listed ones are gone."""
-        gone = [a.model for a in trail if a.provider == row.name and a.verdict is Verdict.GONE]
+        gone = {a.model for a in trail if a.provider == row.name and a.verdict is Verdict.GONE}
         with self._lock:
             asked = question.is_chosen or row.name in self._discovered
-            if asked or not gone or not set(gone) >= set(self.models[row.name]):
+            if asked or not gone.issuperset(self.models[row.name]):
                 return []
             self._discovered.add(row.name)
-        listed = self._get(row, "/models", deadline)[1]
-        served = [model for model in chat_models(listed, row.free_only) if model not in gone]
-        served = [m for m in served if one_line(m, self.api_keys.values()) == m][:5]
+        served = [model for model in self.served(row, deadline) if model not in gone][:5]
         if served:
-            words = (row.name, ", ".join(gone), ", ".join(served), row.variable("MODELS"))
+            words = (row.name, ", ".join(sorted(gone)), ", ".join(served), row.variable("MODELS"))
             logger.warning("🔎 %s: gone: %s; used instead: %s; to choose, set %s=a,b", *words)
             self.models[row.name] = served
         return turns(row, served)
 
-    def _get(self, row: Provider, path: str, deadline: float = math.inf) -> tuple[str, Any]:
-        """("", the JSON) of a GET, or (what was wrong, None)."""
-        reading = Reading(self._wall_clock())
-        deadline = min(deadline, self._clock() + 2 * CONNECT_TIMEOUT)
-        limits = Limits(self._clock, row.silence, deadline)
-        try:
-            whole = b"".join(self._exchange(row, path, None, reading, limits))
-            if reading.status == 200:
-                return "", parsed(whole)
-            failure = reading.judge(whole)
-        except Failure as caught:
-            failure = caught
-        return one_line(failure.reason, self.api_keys.values()), None
+    def served(self, row: Provider, deadline: float = math.inf) -> list[str]:
+        """The chat models in the provider's own list; none where it cannot be asked."""
+        models = chat_models(self._get(row, "/models", deadline)[1], row.free_only)
+        return [m for m in models if one_line(m, self.api_keys.values()) == m]  # it may hold a key
 
     def check(self, row: Provider) -> Json:
         """Whether the key is accepted and which listed models are served; costs no tokens."""
@@ -1369,10 +1329,19 @@ class FallbackLLM:
             "reason": f"{row.key_env} {problem}" if problem else wrong,
         }
 
-    def served(self, row: Provider) -> list[str]:
-        """The chat models that a provider serves; the listed ones where it cannot be asked."""
-        body = None if self.key_problem(row) else self._get(row, "/models")[1]
-        return chat_models(body, free_only=False) or self.models[row.name]
+    def _get(self, row: Provider, path: str, deadline: float = math.inf) -> tuple[str, Any]:
+        """("", the JSON) of a GET, or (what was wrong, None)."""
+        reading = Reading(self._wall_clock())
+        deadline = min(deadline, self._clock() + 2 * CONNECT_TIMEOUT)
+        limits = Limits(self._clock, row.silence, deadline)
+        try:
+            body = parsed(b"".join(self._exchange(row, path, None, reading, limits)))
+            if reading.status == 200:
+                return "", body
+            failure = reading.judge(body)
+        except Failure as caught:
+            failure = caught
+        return one_line(failure.reason, self.api_keys.values()), None
 
     # Statistics and health
 
@@ -1386,12 +1355,12 @@ class FallbackLLM:
 
     def get_stats(self) -> dict[str, int]:
         """Counts since the last reset. A request is a question; 429 replies are rate-limited."""
-        names = "total_requests successful_requests failed_requests rate_limited_requests"
         with self._lock:
-            return dict(zip([*names.split(), "provider_switches"], self._stats))
+            return dict(zip(STATISTICS, self._stats))
 
     def reset_stats(self) -> None:
-        self._stats = [0] * 5
+        with self._lock:
+            self._stats = [0] * len(STATISTICS)
 
     @property
     def provider_health(self) -> dict[str, ProviderHealth]:
@@ -1418,9 +1387,9 @@ class FallbackLLM:
         for name in {"max_tokens", "temperature"}.intersection(fields):
             checked(name, fields[name])
         timeout = self.timeout if timeout is None else checked("timeout", timeout)
-        fields.update(messages=said, stream=True)
         line = self._line(provider, model)
-        request_body(fields, line[0])
+        fields.update(messages=said, stream=True)
+        request_body(fields, line[0])  # ValueError for what JSON cannot carry
         return Question(fields, line, math.inf if timeout is None else timeout, model is not None)
 
     def _line(self, provider: Any, model: Any) -> list[Turn]:
@@ -1430,26 +1399,24 @@ class FallbackLLM:
             raise ValueError(f"model must be the id of a model, not {model!r:.60}")
         prefix, _, rest = (model or "").partition(":")
         if rest and prefix.strip().lower() in self._rows:
-            row, model = self._row(prefix), rest.strip()
-            if provider is not None and row not in rows:
+            model, named = rest.strip(), self._row(prefix)
+            if provider is not None and named not in rows:
                 raise ValueError(f"model {prefix}:{model} is not of provider {provider!r}")
-            rows = [row]
+            rows = [named]
         elif model:
             rows = [row for row in rows if model in self.models[row.name]] or rows
         keyed = [row for row in rows if not self.key_problem(row)]
         if not keyed:
             problems = "; ".join(f"{row.key_env} {self.key_problem(row)}" for row in rows)
             raise NoProviderError(f"no API key: {problems}")
-        for row in keyed:
-            base_url(row)
-        lists = [(row, [model] if model else self.models[row.name]) for row in keyed]
-        return [turn for row, models in lists for turn in turns(row, models)]
+        lists = [turns(row, [model] if model else self.models[row.name]) for row in keyed]
+        return [turn for listed in lists for turn in listed]
 
     def rows(self, provider: Any = None) -> list[Provider]:
         """The rows of these providers (None: of all), in the order they are asked."""
         names = self.fallback_order if provider is None else provider
         names = names.split(",") if isinstance(names, str) else list(names)
-        return list(dict.fromkeys(self._row(name) for name in names))
+        return list({row.name: row for row in map(self._row, names)}.values())
 
     def _row(self, name: Any) -> Provider:
         row = self._rows.get(name.strip().lower()) if isinstance(name, str) else None
@@ -1470,24 +1437,14 @@ class FallbackLLM:
         holds = "holds a placeholder" if row.key_env in self._placeholders else "is not set"
         return holds if row.key_env else ""
 
-
-def turns(row: Provider, models: Iterable[str]) -> list[Turn]:
-    listed = list(models)
-    return [Turn(row, model, f"{place}/{len(listed)}") for place, model in enumerate(listed, 1)]
-
-
-def redacted(failure: Failure | None, keys: Iterable[str | None]) -> Failure | None:
-    if failure is not None:
-        failure.reason = one_line(failure.reason, keys)
-    return failure
+    def close(self) -> None:
+        """Closes the connections that are kept alive."""
+        if self._transport.session is not None:
+            self._transport.session.close()
 
 
-def attempt_of(
-    turn: Turn, reading: Reading, failure: Failure | None, waited: float, elapsed: float
-) -> Attempt:
-    verdict, reason = (failure.verdict, failure.reason) if failure else (None, "")
-    names = (turn.row.name, turn.model, turn.attempts + 1)
-    return Attempt(*names, reading.status, verdict, reason, waited, elapsed)
+def turns(row: Provider, models: list[str]) -> list[Turn]:
+    return [Turn(row, model, f"{place}/{len(models)}") for place, model in enumerate(models, 1)]
 
 
 def answer_of(turn: Turn, reading: Reading, trail: list[Attempt], elapsed: float) -> Answer:
@@ -1516,25 +1473,22 @@ def chat_models(listed: Any, free_only: bool) -> list[str]:
     """
     found = []
     for model in dig(listed, "data") or []:
-        name, prices = dig(model, "id"), dig(model, "pricing")
+        name, prices = str(dig(model, "id")), dig(model, "pricing")
         kinds = dig(model, "output_modalities") or dig(model, "architecture", "output_modalities")
         context = number(dig(model, "context_window") or dig(model, "context_length"))
-        if (
-            re.fullmatch(r"[\w./:@~+-]{1,200}", str(name))
-            and not re.search(NO_CHAT, str(name))
-            and dig(model, "active") is not False
-            and kinds in (None, ["text"])
-            and (context is None or context > 4096)
-            and (not free_only or {number(price) for price in (prices or {1: 1}).values()} == {0.0})
-        ):
-            found.append(str(name))
+        costs = [number(price) != 0 for price in prices.values()] if free_only and prices else []
+        fits = (
+            kinds in (None, ["text"]) and not context <= 4096 and dig(model, "active") is not False
+        )
+        if free_only and (any(costs) or not costs):
+            continue
+        if fits and re.fullmatch(r"[\w./:@~+-]{1,200}", name) and not re.search(NO_CHAT, name):
+            found.append(name)
     return found
 
 
-# The documented lines
-
-
 def tell_next(last: Turn | None, turn: Turn, wait: float) -> None:
+    """The documented lines before an attempt."""
     same = last is not None and (last.row, last.model) == (turn.row, turn.model)
     if last is not None and not same:
         logger.info("🔄 %s %s failed, trying next model...", last.row.name, last.model)
@@ -1547,6 +1501,7 @@ def tell_next(last: Turn | None, turn: Turn, wait: float) -> None:
 
 
 def tell_result(turn: Turn, failure: Failure | None, config: RetryConfig) -> None:
+    """The documented lines after an attempt."""
     name, count = (turn.row.name, turn.model), turn.attempts + 1
     if failure is None:
         logger.info("✅ Success with %s %s on attempt %d", *name, count)
@@ -1691,10 +1646,10 @@ class Stderr(logging.Handler):
         say(record.getMessage())
 
 
-def say(line: str) -> None:
+def say(line: str, end: str = "\n") -> None:
     """A line on stderr, without control characters; lost where there is no stderr."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(line.translate(CONTROLS) + "\n")
+        sys.stderr.write(line.translate(CONTROLS) + end)
         sys.stderr.flush()
 
 
@@ -1735,39 +1690,34 @@ def run(args: Any) -> int:
             return (check if args.check else list_models)(llm, args)
         names = ("provider", "model", "system", "temperature", "max_tokens")
         common = {name: given[name] for name in names if name in given}
-        code = (batch if args.batch else respond)(llm, args, common)
-        return code
+        return Batch(llm, args, common).run() if args.batch else respond(llm, args, common)
 
 
 def respond(llm: FallbackLLM, args: Any, common: Json) -> int:
-    """Asks one question and prints the answer."""
-    question = question_of(args)
+    """Asks one question and prints the answer. 0 if there is one."""
+    question, started = question_of(args), time.monotonic()
     if args.verbose:
         names = [row.name for row in llm.rows(args.provider) if not llm.key_problem(row)]
         say(f"✅ Available providers: {', '.join(names)}")
         say(f"❓ Question: {question}\n🤔 Thinking...")
-    started = time.monotonic()
     try:
         if args.stream and not args.json:
             result: Any = show(llm.stream(question, **common), args)
         else:
             result = llm.complete(question, **common)
-            if not args.json:
-                show(iter([result.text]), args)
+            show(iter([] if args.json else [result.text]), args)
     except FallbackLLMError as error:
         result = error
-    if args.json:
-        put(to_json(record(result, time.monotonic() - started)))
-    failed = isinstance(result, FallbackLLMError)
-    if failed:
+    put(to_json(record(result, time.monotonic() - started)) if args.json else "")
+    if isinstance(result, FallbackLLMError):
         explain(llm, args, result)
     elif not args.quiet:
-        if result.finish_reason == "length":
-            say(f"✂️  answer cut at --max-tokens {common.get('max_tokens', 500)}")
+        cut = result.finish_reason == "length"
+        say(f"✂️  answer cut at --max-tokens {common.get('max_tokens', 500)}\n" * cut, end="")
         say(f"\n⏱️  Response time: {result.elapsed:.2f}s")
     if args.stats:
         show_stats(llm)
-    return int(failed)
+    return int(isinstance(result, FallbackLLMError))
 
 
 def show(pieces: Iterator[str], args: Any) -> Any:
@@ -1873,7 +1823,7 @@ def question_of(args: Any) -> str:
     dash = args.question[:1] == ["-"]
     words, parts = " ".join(args.question[dash:]), []
     if args.file and args.file != "-":
-        with named("--file", args.file), open(args.file, "rb") as file:
+        with opened("--file", args.file, "rb") as file:
             parts.append(decoded(file.read()))
     piped = sys.stdin is not None and not sys.stdin.isatty() and not args.no_stdin
     if dash or piped or args.file == "-":
@@ -1912,175 +1862,153 @@ def decoded(data: bytes) -> str:
     return data.decode("utf-16" if utf16 else "utf-8-sig", "replace").replace("\0", "")
 
 
-@contextlib.contextmanager
-def named(flag: str, path: str) -> Iterator[None]:
-    """Makes an OSError wrong usage of this flag."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise Usage(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-# Batch: many questions from a file, each result one line of JSON, written as it comes. The input is
-# read twice: to check every line before anything is sent, and to ask. What the output has an answer
-# for is not asked again.
-
-
-def batch(llm: FallbackLLM, args: Any, common: Json) -> int:
-    """Asks the questions of a file. 0 if all have an answer."""
-    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-
-    if args.question or args.file:
-        raise Usage("--batch takes its questions from its file: leave out the question and --file")
-    if not args.verbose:
-        logger.setLevel(logging.CRITICAL)
-    workers, lock = args.workers or 8, threading.Lock()
-    with contextlib.ExitStack() as stack:
-        source = batch_input(args.batch, stack)
-        write, before = batch_output(args.output, stack) if args.output else (put, {})
-        total = sum(1 for _ in batch_questions(source, llm, args, common, before))
-        progress = Progress(total, args.quiet)
-
-        def one(name: Any, fields: Json) -> None:
-            started = time.monotonic()
-            result = llm.result(fields)
-            found = record(result, time.monotonic() - started)
-            with lock:
-                write(to_json({"id": name, "question": fields.get("question"), **found}))
-                progress.add(found["provider"])
-
-        pool, futures = ThreadPoolExecutor(workers), set()  # type: ignore[var-annotated]
-        try:
-            for name, fields in batch_questions(source, llm, args, common, before):
-                futures.add(pool.submit(one, name, fields))
-                while len(futures) >= workers:
-                    done, futures = wait(futures, 0.5, FIRST_COMPLETED)
-                    progress.tell(done)
-            while futures:
-                done, futures = wait(futures, 0.5, FIRST_COMPLETED)
-                progress.tell(done)
-        except KeyboardInterrupt:
-            lock.acquire(timeout=0.3)  # nobody is in the middle of a line now
-            raise
-        pool.shutdown()
-    if args.stats:
-        show_stats(llm)
-    return progress.end(len(before))
-
-
-class Progress:
-    """What a batch has done: one line, redrawn on a terminal, elsewhere now and then a new one."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        self._total, self._quiet, self._by = total, quiet, {}  # type: int, bool, dict[str, int]
-        self._failed, self._started, self._told = 0, time.monotonic(), time.monotonic()
-        self._redraws = sys.stderr is not None and sys.stderr.isatty()
-
-    def add(self, provider: str | None) -> None:
-        """One more: an answer by this provider, or a failure."""
-        self._failed += provider is None
-        if provider is not None:
-            self._by[provider] = self._by.get(provider, 0) + 1
-
-    def tell(self, done: Iterable[Any] = ()) -> None:
-        for future in done:
-            future.result()  # raises what the worker met, such as a full disk
-        now = time.monotonic()
-        if self._quiet or now - self._told < (0.5 if self._redraws else 10):
-            return
-        self._told, answered = now, sum(self._by.values())
-        rate = (answered + self._failed) / (now - self._started)
-        left = f"{(self._total - answered - self._failed) / rate:.0f} s left" if rate else "waiting"
-        line = f"{answered + self._failed}/{self._total} done, {self._failed} failed, {rate:.1f}/s, {left}"
-        line += "".join(f"; {name} {count}" for name, count in sorted(self._by.items()))
-        if self._redraws:
-            sys.stderr.write("\r" + line[:79].ljust(79))
-            sys.stderr.flush()
-        else:
-            say(line)
-
-    def end(self, before: int) -> int:
-        if self._failed or not self._quiet:
-            line = f"{sum(self._by.values())} answered, {self._failed} failed, {before} answered before"
-            say("\n" * self._redraws + line)
-        return int(self._failed > 0)
-
-
-def batch_input(path: str, stack: contextlib.ExitStack) -> Any:
-    """The input, as a file that can be read twice."""
-    import shutil
-    import tempfile
-
-    if path != "-":
-        with named("--batch", path):
-            return stack.enter_context(open(path, "rb"))
-    spool = stack.enter_context(tempfile.TemporaryFile())
-    shutil.copyfileobj(sys.stdin.buffer, spool)
-    return spool
-
-
-def batch_output(path: str, stack: contextlib.ExitStack) -> tuple[Callable[[str], None], Any]:
-    """(what adds a line, the answered questions' hashes by id). The file is ours alone, and its
-    failed and torn lines are dropped.
+class Batch:
+    """Questions from a file; each result is a line of JSON, written as it comes. The input is read
+    twice: to check every line before anything is sent, and to ask. What the output has an answer
+    for is not asked again.
     """
-    real, before = os.path.realpath(path), {}  # type: str, dict[Any, int]
-    with named("--output", path):
-        file: Any = stack.enter_context(open(real, "ab+"))
-        lock(file)
-        if os.path.isfile(real):
-            old, file = file, stack.enter_context(open(real + ".part", "wb"))
-            lock(file)
+
+    def __init__(self, llm: FallbackLLM, args: Any, common: Json) -> None:
+        self.llm, self.args, self.common = llm, args, common
+        self.before: dict[Any, int] = {}  # answered by an earlier run: id -> hash of the question
+        self.answered: dict[str, int] = {}  # by provider
+        self.failed = self.total = 0
+        self.write: Callable[[str], object] = put
+        self.lock = threading.Lock()
+        self.started = self.told = time.monotonic()
+
+    def run(self) -> int:
+        """Asks what has no answer yet. 0 if now all have one."""
+        if self.args.question or self.args.file:
+            raise Usage("--batch takes its questions from its file: leave out question and --file")
+        if not self.args.verbose:
+            logger.setLevel(logging.CRITICAL)
+        with contextlib.ExitStack() as stack:
+            source = self.open_input(stack)
+            if self.args.output:
+                self.write = self.open_output(stack)
+            self.total = sum(1 for _ in self.questions(source))
+            self.ask(self.questions(source))
+        if self.args.stats:
+            show_stats(self.llm)
+        if self.failed or not self.args.quiet:
+            answered = sum(self.answered.values())
+            say(f"{answered} answered, {self.failed} failed, {len(self.before)} answered before")
+        return int(self.failed > 0)
+
+    def open_input(self, stack: contextlib.ExitStack) -> Any:
+        """The input, as a file that can be read twice."""
+        if self.args.batch != "-":
+            return stack.enter_context(opened("--batch", self.args.batch, "rb"))
+        import shutil
+        import tempfile
+
+        spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+        shutil.copyfileobj(sys.stdin.buffer, spool)
+        return spool
+
+    def open_output(self, stack: contextlib.ExitStack) -> Callable[[str], object]:
+        """What adds a line. The file is ours alone; its failed and torn lines are dropped."""
+        path = os.path.realpath(self.args.output)
+        file = stack.enter_context(opened("--output", path, "ab+"))
+        if os.path.isfile(path):
+            old, file = file, stack.enter_context(opened("--output", path + ".part", "wb"))
             old.seek(0)
             for line in old:
                 said = parsed(line) if line.endswith(b"\n") else None
-                if dig(said, "answer") is not None and dig(said, "id") not in before:
-                    before[dig(said, "id")] = hash(dig(said, "question"))
+                if dig(said, "answer") is not None and dig(said, "id") not in self.before:
+                    self.before[dig(said, "id")] = hash(dig(said, "question"))
                     file.write(line)
             file.flush()
-            os.replace(real + ".part", real)
+            os.replace(path + ".part", path)
+        # flushed, a line is one write of the system
+        return lambda line: (file.write(line.encode()), file.flush())
 
-    def write(line: str) -> None:
-        file.write(line.encode())
-        file.flush()  # a line is one write of the system
+    def questions(self, source: Any) -> Iterator[tuple[Any, Json]]:
+        """(id, arguments) of each line that has no answer yet. Usage names a line that is wrong."""
+        source.seek(0)
+        seen = set()
+        for place, line in enumerate(source, 1):
+            text = decoded(line).strip()
+            if not text:
+                continue
+            try:
+                fields = json.loads(text) if text[0] == "{" else {"question": text}
+                name = fields.pop("id", place)
+                if name in seen:
+                    raise ValueError(f"id {name!r} is there twice")
+                seen.add(name)
+                fields = {**self.common, **fields}
+                self.llm.question(**fields)
+                question = hash(fields.get("question"))
+                if self.before.get(name, question) != question:
+                    raise ValueError(f"the output answers another question under id {name!r}")
+            except (ValueError, TypeError, RecursionError) as error:
+                raise Usage(f"--batch {self.args.batch}: line {place}: {error}") from None
+            if name not in self.before:
+                yield name, fields
 
-    return write, before
+    def ask(self, questions: Iterator[tuple[Any, Json]]) -> None:
+        """Keeps the workers busy."""
+        from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+        workers, futures, more = self.args.workers or 8, set(), True  # type: int, set[Any], bool
+        pool = ThreadPoolExecutor(workers)
+        try:
+            while more or futures:
+                while more and len(futures) < workers:
+                    item = next(questions, None)
+                    more = item is not None
+                    futures |= {pool.submit(self.one, *item)} if item else set()
+                done, futures = wait(futures, 0.5, FIRST_COMPLETED)
+                for future in done:
+                    future.result()  # raises what the worker met, such as a full disk
+                self.tell()
+        except KeyboardInterrupt:
+            self.lock.acquire(timeout=0.3)  # nobody is in the middle of a line now
+            raise
+
+    def one(self, name: Any, fields: Json) -> None:
+        """Asks a question and writes its line."""
+        started = time.monotonic()
+        found = record(self.llm.result(fields), time.monotonic() - started)
+        with self.lock:
+            self.write(to_json({"id": name, "question": fields.get("question"), **found}))
+            if found["error"] is None:
+                self.answered[found["provider"]] = self.answered.get(found["provider"], 0) + 1
+            else:
+                self.failed += 1
+
+    def tell(self) -> None:
+        """The progress: one line, redrawn on a terminal, elsewhere a new one now and then."""
+        now, redraws = time.monotonic(), sys.stderr is not None and sys.stderr.isatty()
+        if self.args.quiet or now - self.told < (0.5 if redraws else 10):
+            return
+        self.told, done = now, sum(self.answered.values()) + self.failed
+        rate = done / (now - self.started)
+        left = f"{(self.total - done) / rate:.0f} s left" if rate else "no answer yet"
+        line = f"{done}/{self.total} done, {self.failed} failed, {rate:.1f}/s, {left}"
+        line += "".join(f"; {name} {count}" for name, count in sorted(self.answered.items()))
+        say(line, end="\r" if redraws else "\n")
 
 
-def lock(file: Any) -> None:
-    """Refuses a file that another run has locked; the lock ends with the file."""
-    with contextlib.suppress(ImportError):  # Windows has none
+def opened(flag: str, path: str, mode: str) -> Any:
+    """The file; Usage if it cannot be opened. To write, it must be ours alone."""
+    try:
+        file = open(path, mode)  # noqa: SIM115 - whoever called closes it
+    except (OSError, ValueError) as error:
+        raise Usage(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
         import fcntl
 
-        try:
+        if mode != "rb":
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError("another run is writing to it") from None
-
-
-def batch_questions(
-    source: Any, llm: FallbackLLM, args: Any, common: Json, before: Any
-) -> Iterator[tuple[Any, Json]]:
-    """(id, arguments) of each line that has no answer yet. Usage names a line that is wrong."""
-    source.seek(0)
-    seen = set()
-    for place, line in enumerate(source, 1):
-        text = decoded(line).strip()
-        if not text:
-            continue
-        try:
-            fields = json.loads(text) if text[0] == "{" else {"question": text}
-            name = fields.pop("id", place)
-            if name in seen:
-                raise ValueError(f"id {name!r} is there twice")
-            seen.add(name)
-            fields = {**common, **fields}
-            llm.question(**fields)
-            if before.get(name, hash(fields.get("question"))) != hash(fields.get("question")):
-                raise ValueError(f"{args.output} has the answer to another question of id {name!r}")
-        except (ValueError, TypeError, RecursionError) as error:
-            raise Usage(f"--batch {args.batch}: line {place}: {error}") from None
-        if name not in before:
-            yield name, fields
+    except ImportError:  # Windows
+        pass
+    except OSError:
+        file.close()
+        raise Usage(f"{flag} {path}: another run is writing to it") from None
+    return file
 
 
 if __name__ == "__main__":
