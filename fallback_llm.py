@@ -901,6 +901,7 @@ class Transport:
         import zlib
         from http.client import HTTPException
 
+        from requests import RequestException  # not before: it costs six times all the rest
         from urllib3.exceptions import HTTPError
 
         try:
@@ -920,7 +921,7 @@ class Transport:
                     yield data
                 if unpack and not unpack.eof:
                     raise Failure(Verdict.FAULT, "the answer was cut: half of a compressed body")
-        except (OSError, HTTPException, HTTPError, zlib.error) as error:
+        except (OSError, RequestException, HTTPException, HTTPError, zlib.error) as error:
             if not limits.finished:
                 silent = reading.status is None or "timed out" in str(error)
                 raise limits.failure(str(error) or type(error).__name__, wide=silent) from None
@@ -946,7 +947,7 @@ class Transport:
         """What all requests of a kind share: the adapter, the request without its body, what the
         environment says of proxies and certificates.
         """
-        import requests  # the only import of it: it costs six times all the rest
+        import requests
         from requests.adapters import HTTPAdapter
 
         if self.session is None:
@@ -1050,8 +1051,13 @@ def base_url(row: Provider) -> str:
     return f"{url}/{path}".rstrip("/") if re.fullmatch(host, url) else url
 
 
-STATISTICS = "total_requests successful_requests failed_requests rate_limited_requests".split()
-STATISTICS += ["provider_switches"]
+STATISTICS = (
+    "total_requests",
+    "successful_requests",
+    "failed_requests",
+    "rate_limited_requests",
+    "provider_switches",
+)
 
 
 def _random() -> float:
@@ -1543,7 +1549,7 @@ Groq, OpenRouter. Only the answer goes to stdout.
   --list-models          print PROVIDER<tab>MODEL
   --batch FILE           ask a file of questions (- is stdin): one a line, or
                          JSONL with question, id, system, model ...
-  -o, --output FILE      where the batch's answers go, as JSONL; the command again
+  -o, --output FILE      where the batch's answers go, as JSONL; the same again
                          asks only what has no answer yet
   --workers N            questions of a batch in flight (default: 8)
   -V, --version          print the version
@@ -1570,7 +1576,7 @@ class Usage(Exception):
     """Wrong usage: one line, exit code 2. Messages name parameters; they are shown as flags."""
 
     def __str__(self) -> str:
-        names = r"\b(max_tokens|max_attempts|base_delay|max_delay|timeout|temperature|workers)\b"
+        names = r"^(provider|model)\b|\b(max_\w+|base_delay|timeout|temperature|workers)\b"
         return re.sub(names, lambda m: "--" + m.group().replace("_", "-"), super().__str__())
 
 
@@ -1616,16 +1622,22 @@ def parse(argv: list[str]) -> Any:
     for short, name, value in OPTIONS:
         action = "store" if value else "store_true"
         parser.add_argument(*filter(None, (short, name)), action=action)
+    words: list[str] = []
+    for word in argv:  # a number may begin with a dash: --base-delay -inf
+        if words and words[-1][2:].replace("-", "_") in NUMBERS and "--" not in words:
+            words[-1] += "=" + word
+        else:
+            words.append(word)
     # the intermixed parse takes flags anywhere, but does not know "--"
-    args = (parser.parse_args if "--" in argv else parser.parse_intermixed_args)(argv)
+    args = (parser.parse_args if "--" in words else parser.parse_intermixed_args)(words)
     if args.quiet and args.verbose:
         raise Usage("--quiet: not allowed with --verbose")
     for name in set(NUMBERS).intersection(vars(args)):
-        value = getattr(args, name)
-        if value is not None:
-            with contextlib.suppress(ValueError):
-                value = NUMBERS[name][0](value)
-            setattr(args, name, checked(name, value))
+        text = getattr(args, name)
+        try:
+            setattr(args, name, text if text is None else checked(name, NUMBERS[name][0](text)))
+        except ValueError:
+            raise Usage(f"{name} must be {NUMBERS[name][3]}, not {text!r}") from None
     return args
 
 
@@ -1648,9 +1660,12 @@ class Stderr(logging.Handler):
 
 def say(line: str, end: str = "\n") -> None:
     """A line on stderr, without control characters; lost where there is no stderr."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(line.translate(CONTROLS) + end)
-        sys.stderr.flush()
+    try:
+        if sys.stderr is not None:
+            sys.stderr.write(line.translate(CONTROLS) + end)
+            sys.stderr.flush()
+    except (OSError, ValueError):  # full or closed
+        sys.stderr = None  # type: ignore[assignment]
 
 
 def put(text: str) -> None:
