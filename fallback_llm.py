@@ -1665,7 +1665,7 @@ def say(line: str, end: str = "\n") -> None:
             sys.stderr.write(line.translate(CONTROLS) + end)
             sys.stderr.flush()
     except (OSError, ValueError):  # full or closed
-        sys.stderr = None  # type: ignore[assignment]
+        sys.stderr = None
 
 
 def put(text: str) -> None:
