@@ -23,6 +23,67 @@ HTTP, `FallbackLLM` with the walk, the command line. All times are seconds.
 
 from __future__ import annotations
 
+import sys
+
+__version__ = "1.0.0"
+HELP = """\
+usage: fallback_llm.py [options] [question ...]
+
+Asks a language model; when a provider fails, the next one answers: Cerebras,
+Groq, OpenRouter. Only the answer goes to stdout.
+
+  -                      read the question from stdin (what is piped in is put
+                         before the question anyway); -- ends the options
+  -f, --file PATH        put the text of a file before the question
+  -s, --system TEXT      how to answer, such as "in French, in one sentence"
+  --provider NAMES       only these, in this order: groq,openrouter
+  -m, --model MODEL      only this model; PROVIDER:MODEL names its provider
+  --max-tokens N         longest answer, thinking included (default: 500)
+  --temperature T        from 0 to 2 (default: the model's own)
+  --timeout SECONDS      limit for the whole question, waits included
+  --max-attempts N       requests to one model, at most (default: 5)
+  --base-delay SECONDS   first wait, doubled each time (default: 2.0)
+  --max-delay SECONDS    longest single wait (default: 60.0)
+  --disable-jitter       wait exactly as long, not 80 to 100 percent of it
+  --eager                ask somebody else instead of waiting for a rate limit
+  --stream               print the answer as it is written
+  --json                 print one JSON object, also when all fail
+  -q, --quiet            nothing on stderr but errors
+  -v, --verbose          more on stderr
+  --stats                usage statistics on stderr
+  --no-stdin             do not read a pipe
+  --check                tell which keys and models work; costs no tokens
+  --list-models          print PROVIDER<tab>MODEL
+  --batch FILE           ask a file of questions (- is stdin): one a line, or
+                         JSONL with question, id, system, model ...
+  -o, --output FILE      where the batch's answers go, as JSONL; the same again
+                         asks only what has no answer yet
+  --workers N            questions of a batch in flight (default: 8)
+  -V, --version          print the version
+  -h, --help             print this help
+
+examples:
+  python fallback_llm.py "What is the capital of France?"
+  cat error.log | python fallback_llm.py "explain this" --provider groq --stats
+  python fallback_llm.py --batch questions.txt -o answers.jsonl --workers 16
+
+environment, or a .env file here or beside the program:
+  CEREBRAS_API_KEY, GROQ_API_KEY, OPENROUTER_API_KEY   one is enough
+  GROQ_MODELS=a,b (CEREBRAS_, OPENROUTER_)             models to ask instead
+  GROQ_BASE_URL (not from .env)                        another address
+
+exit: 0 answered, 1 no answer, 2 wrong usage (nothing sent), 130 interrupted,
+141 reader gone. https://github.com/example/fallback-llm
+"""
+
+VERSION = f"fallback_llm {__version__}\n"
+QUICK = {"-h": HELP, "--help": HELP, "-V": VERSION, "--version": VERSION}
+if __name__ == "__main__" and len(sys.argv) == 2 and sys.argv[1] in QUICK:
+    try:  # before the imports: it takes half the time
+        sys.exit(print(QUICK[sys.argv[1]], end="", flush=True))
+    except OSError:
+        pass  # main() says what is wrong
+
 import codecs
 import contextlib
 import dataclasses
@@ -32,7 +93,6 @@ import logging
 import math
 import os
 import re
-import sys
 import threading
 import time
 
@@ -53,7 +113,6 @@ __all__ = [
     "RetryConfig", "StreamInterrupted", "Verdict",
 ]
 # fmt: on
-__version__ = "1.0.0"
 
 CONNECT_TIMEOUT = 5.0
 ERROR_BODY_TIME = 2.0  # what a server says about its failure is not worth a longer wait
@@ -149,7 +208,7 @@ class Verdict(enum.Enum):
         self.word, self.again, self.asked_last = word, again, asked_last
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Failure(Exception):
     """Why an attempt gave no answer. Raised where it is seen, caught in the walk."""
 
@@ -213,7 +272,7 @@ class Answer:
     elapsed: float
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False, repr=False)
 class Turn:
     """A candidate's place in the line of one question."""
 
@@ -225,7 +284,7 @@ class Turn:
     patience: float = 0.0  # how long the walk waits for it although others are ready
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False, repr=False)
 class Question:
     """A question that was checked."""
 
@@ -749,7 +808,7 @@ def one_line(text: str, keys: Iterable[str | None] = (), limit: int = 300) -> st
 # --- 6. Memory: what outlives a question --------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False, repr=False)
 class Mark:
     """Failures of a provider, or of one of its models, since its last success."""
 
@@ -1519,55 +1578,6 @@ def tell_result(turn: Turn, failure: Failure | None, config: RetryConfig) -> Non
 
 # --- 9. Command line ----------------------------------------------------------------------------
 
-HELP = """\
-usage: fallback_llm.py [options] [question ...]
-
-Asks a language model; when a provider fails, the next one answers: Cerebras,
-Groq, OpenRouter. Only the answer goes to stdout.
-
-  -                      read the question from stdin (what is piped in is put
-                         before the question anyway); -- ends the options
-  -f, --file PATH        put the text of a file before the question
-  -s, --system TEXT      how to answer, such as "in French, in one sentence"
-  --provider NAMES       only these, in this order: groq,openrouter
-  -m, --model MODEL      only this model; PROVIDER:MODEL names its provider
-  --max-tokens N         longest answer, thinking included (default: 500)
-  --temperature T        from 0 to 2 (default: the model's own)
-  --timeout SECONDS      limit for the whole question, waits included
-  --max-attempts N       requests to one model, at most (default: 5)
-  --base-delay SECONDS   first wait, doubled each time (default: 2.0)
-  --max-delay SECONDS    longest single wait (default: 60.0)
-  --disable-jitter       wait exactly as long, not 80 to 100 percent of it
-  --eager                ask somebody else instead of waiting for a rate limit
-  --stream               print the answer as it is written
-  --json                 print one JSON object, also when all fail
-  -q, --quiet            nothing on stderr but errors
-  -v, --verbose          more on stderr
-  --stats                usage statistics on stderr
-  --no-stdin             do not read a pipe
-  --check                tell which keys and models work; costs no tokens
-  --list-models          print PROVIDER<tab>MODEL
-  --batch FILE           ask a file of questions (- is stdin): one a line, or
-                         JSONL with question, id, system, model ...
-  -o, --output FILE      where the batch's answers go, as JSONL; the same again
-                         asks only what has no answer yet
-  --workers N            questions of a batch in flight (default: 8)
-  -V, --version          print the version
-  -h, --help             print this help
-
-examples:
-  python fallback_llm.py "What is the capital of France?"
-  cat error.log | python fallback_llm.py "explain this" --provider groq --stats
-  python fallback_llm.py --batch questions.txt -o answers.jsonl --workers 16
-
-environment, or a .env file here or beside the program:
-  CEREBRAS_API_KEY, GROQ_API_KEY, OPENROUTER_API_KEY   one is enough
-  GROQ_MODELS=a,b (CEREBRAS_, OPENROUTER_)             models to ask instead
-  GROQ_BASE_URL (not from .env)                        another address
-
-exit: 0 answered, 1 no answer, 2 wrong usage (nothing sent), 130 interrupted,
-141 reader gone. https://github.com/example/fallback-llm
-"""
 OPTIONS = re.findall(r"^  (?:(-\w), )?(--[\w-]+)(?: ([A-Z]+))?(?:  |$)", HELP, re.MULTILINE)
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
@@ -1686,7 +1696,7 @@ def to_json(value: Any) -> str:
 def run(args: Any) -> int:
     """Does what the options say. The exit code."""
     if args.help or args.version:
-        put(HELP if args.help else f"fallback_llm {__version__}\n")
+        put(HELP if args.help else VERSION)
         return 0
     if sys.stdout is None:
         raise OSError("stdout is closed: there is no place for the answer")
