@@ -79,7 +79,7 @@ exit: 0 answered, 1 no answer, 2 wrong usage (nothing sent), 130 interrupted,
 VERSION = f"fallback_llm {__version__}\n"
 QUICK = {"-h": HELP, "--help": HELP, "-V": VERSION, "--version": VERSION}
 if __name__ == "__main__" and len(sys.argv) == 2 and sys.argv[1] in QUICK:
-    try:  # before the imports: it takes half the time
+    try:  # noqa: SIM105 - before the imports: it takes half the time
         sys.exit(print(QUICK[sys.argv[1]], end="", flush=True))
     except OSError:
         pass  # main() says what is wrong
@@ -1168,7 +1168,7 @@ class FallbackLLM:
             for name, variable in lists.items()
         }
         self._found = {row.name: found.get(row.key_env or "") or None for row in providers}
-        self.api_keys = {**self._found, **{self._row(name).name: given[name] for name in given}}
+        self.api_keys = {**self._found, **{self.rows([k])[0].name: given[k] for k in given}}
         self.fallback_order = list(self._rows)
         self._transport, self._memory = Transport(session), Memory()
         self._discovered: set[str] = set()  # providers that were asked what they serve
@@ -1464,10 +1464,10 @@ class FallbackLLM:
             raise ValueError(f"model must be the id of a model, not {model!r:.60}")
         prefix, _, rest = (model or "").partition(":")
         if rest and prefix.strip().lower() in self._rows:
-            model, named = rest.strip(), self._row(prefix)
-            if provider is not None and named not in rows:
+            model, named = rest.strip(), self.rows(prefix)
+            if provider is not None and named[0] not in rows:
                 raise ValueError(f"model {prefix}:{model} is not of provider {provider!r}")
-            rows = [named]
+            rows = named
         elif model:
             rows = [row for row in rows if model in self.models[row.name]] or rows
         keyed = [row for row in rows if not self.key_problem(row)]
@@ -1480,15 +1480,12 @@ class FallbackLLM:
     def rows(self, provider: Any = None) -> list[Provider]:
         """The rows of these providers (None: of all), in the order they are asked."""
         names = self.fallback_order if provider is None else provider
-        names = names.split(",") if isinstance(names, str) else list(names)
-        return list({row.name: row for row in map(self._row, names)}.values())
-
-    def _row(self, name: Any) -> Provider:
-        row = self._rows.get(name.strip().lower()) if isinstance(name, str) else None
-        if row is None:
+        split = names.split(",") if isinstance(names, str) else list(names)
+        rows = {str(name).strip().lower(): None for name in split}
+        if not rows or not rows.keys() <= self._rows.keys():
             known = ", ".join(self._rows)
-            raise ValueError(f"provider must be one or more of {known}, not {name!r:.60}")
-        return row
+            raise ValueError(f"provider must be one or more of {known}, not {names!r:.60}")
+        return [self._rows[name] for name in rows]
 
     def _key(self, row: Provider) -> str | None:
         return clean(self.api_keys.get(row.name)) or None
@@ -1572,6 +1569,8 @@ def tell_result(turn: Turn, failure: Failure | None, config: RetryConfig) -> Non
         logger.info("✅ Success with %s %s on attempt %d", *name, count)
         return
     logger.warning("❌ Error in %s API request: %s", turn.row.name, failure.reason)
+    if failure.verdict is Verdict.DENIED:
+        logger.warning("🔑 Check %s and the account: %s", turn.row.key_env, turn.row.key_url)
     if failure.verdict.again and count >= config.max_attempts:
         logger.info("🔄 %s %s exhausted all %d retry attempts", *name, count)
 
