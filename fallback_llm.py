@@ -460,6 +460,7 @@ class Evidence:
     def __init__(self, body: Any) -> None:
         whole = dig(body, 0) if isinstance(body, list) else body
         error = dig(whole, "error") or dig(whole, "errors", 0) or whole
+        error = dig(error, 0) if isinstance(error, list) else error
         message = error if isinstance(error, str) else dig(error, "message") or dig(error, "detail")
         self.message = (
             message if isinstance(message, str) else json.dumps(message) if message else ""
@@ -499,12 +500,12 @@ class Evidence:
 
 
 def dig(value: Any, *path: str | int) -> Any:
-    """What lies at the path inside parsed JSON; None where there is nothing."""
+    """What lies at the path, names and zeros, inside parsed JSON; None where there is nothing."""
     for step in path:
-        try:
-            value = value[step]
-        except (TypeError, KeyError, IndexError):
-            return None
+        if isinstance(value, dict):
+            value = value.get(step)
+        else:
+            value = value[0] if step == 0 and value and isinstance(value, list) else None
     return value
 
 
@@ -519,7 +520,7 @@ def number(value: Any) -> float:
 
 def parsed(body: str | bytes) -> Any:
     """The body as JSON, else as text; never an error."""
-    text = body if isinstance(body, str) else body.decode("utf-8", "replace")
+    text = body if isinstance(body, str) else body.decode("utf-8-sig", "replace")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -652,6 +653,7 @@ class Reading:
     def __init__(self, now: float) -> None:
         self.status: int | None = None
         self.headers: Mapping[str, str] = {}  # names in lower case
+        self.is_refused = False  # the body tells of a failure
         self.text: list[str] = []
         self.finish_reason = ""
         self.usage: Json = {}
@@ -671,7 +673,8 @@ class Reading:
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
         self.status = status
         self.headers = {name.lower(): value for name, value in headers.items()}
-        self._is_plain = None if 200 <= status < 300 else True
+        self.is_refused = not 200 <= status < 300
+        self._is_plain = True if self.is_refused else None
 
     def feed(self, chunk: bytes) -> Iterator[str]:
         """The text of each event that these bytes complete, "" if it has none. Raises the Failure
@@ -721,25 +724,25 @@ class Reading:
         if data.strip() == b"[DONE]":
             self.ended = True
             return ""
+        if self.is_refused:
+            raise self.judge(parsed(data))
         try:
             said = parsed(data.decode())
         except UnicodeDecodeError:
             raise Failure(Verdict.FAULT, "the answer is not UTF-8") from None
-        choice = dig(said, "choices", 0) or {}
-        reason, message = (
-            dig(choice, "finish_reason"),
-            dig(choice, "delta") or dig(choice, "message"),
-        )
-        error = dig(said, "error") or dig(choice, "error") or dig(said, "x_groq", "error")
-        if error or kind == b"error" or reason == "error" or (self.status or 0) >= 300:
-            body = error or (dig(choice, "native_finish_reason") if reason == "error" else said)
-            raise self.judge({"error": body, "status_code": dig(said, "status_code")})
+        choice, meta = dig(said, "choices", 0), dig(said, "x_groq")
+        reason = dig(choice, "finish_reason")
+        error = dig(said, "error") or dig(choice, "error") or dig(meta, "error")
+        if error or kind == b"error" or reason == "error":
+            error = error or (dig(choice, "native_finish_reason") if reason == "error" else said)
+            raise self.judge({"error": error, "status_code": dig(said, "status_code")})
         if not isinstance(said, dict):
             self._broken = self._broken or "no answer in the reply: " + Evidence(said).said
         if isinstance(reason, str):
             self.finish_reason = reason or self.finish_reason
-        usage = dig(said, "usage") or dig(said, "x_groq", "usage")
+        usage = dig(said, "usage") or dig(meta, "usage")
         self.usage = figures(usage) if isinstance(usage, dict) else self.usage
+        message = dig(choice, "delta") or dig(choice, "message")
         self._refusal += text_of(dig(message, "refusal"))
         thinking = dig(message, "reasoning") or dig(message, "reasoning_content")
         self._thought = self._thought or bool(thinking)
@@ -816,7 +819,8 @@ class Mark:
     failures: int = 0
     failed_at: float = -math.inf
     ready_at: float = -math.inf  # the server's word: nobody asks before
-    later_until: float = -math.inf  # asked last until then: our own guess, or somebody is trying
+    later_until: float = -math.inf  # our own guess: asked last until then
+    probed_until: float = -math.inf  # the lease of somebody who is trying: the others ask it last
 
 
 class Memory:
@@ -838,14 +842,16 @@ class Memory:
         for turn in line:
             marks = self.of(turn)
             pause = max([turn.ready_at, *(mark.ready_at for mark in marks)])
-            later = not turn.attempts and any(now < mark.later_until for mark in marks)
-            (last if later else first).append(dataclasses.replace(turn, ready_at=pause))
+            later = any(now < max(mark.later_until, mark.probed_until) for mark in marks)
+            (last if later and not turn.attempts else first).append(
+                dataclasses.replace(turn, ready_at=pause)
+            )
         return first + last
 
     def lease(self, turn: Turn, until: float) -> None:
         """Keeps others from a candidate that failed, while one tries it, until then at most."""
         for mark in self.of(turn):
-            mark.later_until = until
+            mark.probed_until = until
 
     def record(
         self,
@@ -922,14 +928,14 @@ class Limits:
         """Seconds that the next read may take; raises a Failure when nothing is left."""
         left = min(self._until, self._deadline) - self._clock()
         if left <= 0 and not self.finished:
-            raise self.failure(f"silent for {self._silence:g} s")
+            raise self.failure()
         return left
 
-    def failure(self, reason: str, wide: bool = True) -> Failure:
-        """That the question's time is up, or else this reason."""
+    def failure(self, reason: str = "", wide: bool = True) -> Failure:
+        """That the question's time is up, or else this reason, or silence."""
         if self._clock() >= self._deadline - 0.01:  # a socket may time out a little early
             return Failure(Verdict.FAULT, "the question's time limit is up", blameless=True)
-        return Failure(Verdict.FAULT, reason, wide)
+        return Failure(Verdict.FAULT, reason or f"silent for {self._silence:g} s", wide)
 
 
 HEADERS = {
@@ -966,11 +972,9 @@ class Transport:
         try:
             with contextlib.closing(self._send(url, key, body, limits)) as reply:
                 reading.begin(reply.status_code, reply.headers)
-                packed = reading.headers.get("content-encoding", "") in (
-                    "gzip",
-                    "x-gzip",
-                    "deflate",
-                )
+                if reading.is_refused:
+                    limits.finish(ERROR_BODY_TIME)
+                packed = re.search("gzip|deflate", reading.headers.get("content-encoding", ""))
                 unpack, size = zlib.decompressobj(47) if packed else None, 0  # 47: either of them
                 for chunk in self._chunks(reply, limits):
                     data = unpack.decompress(chunk, MAX_BODY) if unpack else chunk
@@ -982,8 +986,10 @@ class Transport:
                     raise Failure(Verdict.FAULT, "the answer was cut: half of a compressed body")
         except (OSError, RequestException, HTTPException, HTTPError, zlib.error) as error:
             if not limits.finished:
-                silent = reading.status is None or "timed out" in str(error)
-                raise limits.failure(str(error) or type(error).__name__, wide=silent) from None
+                reason = str(error) or type(error).__name__
+                silent = reading.status is not None and reason.endswith("timed out")
+                wide = reading.status is None or silent
+                raise limits.failure("" if silent else reason, wide) from None
 
     def _send(self, url: str, key: str | None, body: bytes | None, limits: Limits) -> Any:
         """The reply, a requests.Response whose body is unread. Through the session's adapters, not

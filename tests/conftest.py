@@ -1,0 +1,171 @@
+"""What the tests share: the emulator, and the real program as a process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+
+import pytest
+from emulator import Asked, Emulator, Reply
+
+PATIENCE = 60.0  # seconds; only a test that fails waits so long
+PROVIDERS = ("cerebras", "groq", "openrouter")
+
+
+class Result(NamedTuple):
+    """How a process ended. What is not UTF-8 in its output shows as lone surrogates."""
+
+    code: int  # -2 when SIGINT ended it, which a shell shows as 130
+    stdout: str
+    stderr: str
+
+
+class Process:
+    """A process under way; its stdout and stderr can be read at any time."""
+
+    def __init__(self, command: Sequence[Any], more: Mapping[str, Any]) -> None:
+        self._stack = contextlib.ExitStack()
+        self._stdout, self._stderr = (
+            self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - close() does
+            for _ in range(2)
+        )
+        streams = {"stdout": self._stdout, "stderr": self._stderr}
+        self.popen: subprocess.Popen[bytes] = subprocess.Popen(command, **{**streams, **more})
+        self._stack.enter_context(self.popen)
+
+    @property
+    def stdout(self) -> str:
+        return _content(self._stdout)
+
+    @property
+    def stderr(self) -> str:
+        return _content(self._stderr)
+
+    def say(self, stdin: bytes) -> None:
+        """Writes all that its stdin, a pipe, will bring."""
+        assert self.popen.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self.popen.stdin as pipe:
+            pipe.write(stdin)
+
+    def end(self) -> Result:
+        """Its result, when it has ended by itself."""
+        return Result(self.popen.wait(timeout=PATIENCE), self.stdout, self.stderr)
+
+    def signal(self, number: int) -> Result:
+        """Its result, after a signal."""
+        self.popen.send_signal(number)
+        return self.end()
+
+    def close(self) -> None:
+        self.popen.kill()
+        self._stack.close()
+
+
+def _content(file: IO[bytes]) -> str:
+    """All of it, read without moving the position at which a process writes."""
+    content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
+    return content.decode("utf-8", "surrogateescape")
+
+
+class Program:
+    """The program as a process in `folder`, with an environment made from nothing.
+
+    It has a key for each provider and one model of each: one, two, three.
+    """
+
+    def __init__(self, path: Path, folder: Path, emulator: Emulator) -> None:
+        self.path, self.folder, self.emulator = path, folder, emulator
+        self.variables = {"PATH": os.environ["PATH"], "HOME": str(folder), "NO_PROXY": "127.0.0.1"}
+        self.variables.update(emulator.environment())
+        for provider, model in zip(PROVIDERS, ("one", "two", "three")):
+            self.variables[f"{provider.upper()}_MODELS"] = model
+        self.stack = contextlib.ExitStack()
+
+    @property
+    def command(self) -> list[Any]:
+        return [sys.executable, self.path]
+
+    @property
+    def asked(self) -> list[Asked]:
+        """The requests that arrived."""
+        return self.emulator.asked
+
+    @property
+    def models(self) -> list[str]:
+        """The models in the order in which they were asked."""
+        return [asked.model for asked in self.asked]
+
+    @property
+    def questions(self) -> list[Any]:
+        """What the user says in each request."""
+        return [asked.body["messages"][-1]["content"] for asked in self.asked]
+
+    def plan(self, *replies: Reply) -> None:
+        """Sets the same replies for every provider."""
+        for provider in PROVIDERS:
+            self.emulator.plan(provider, *replies)
+
+    def __call__(self, *arguments: str | bytes, **more: Any) -> Result:
+        """Starts it and waits for its end."""
+        return self.start(*arguments, **more).end()
+
+    def start(
+        self,
+        *arguments: str | bytes,
+        stdin: bytes | int = subprocess.DEVNULL,
+        env: Mapping[str, str | None] | None = None,
+        command: Sequence[Any] | None = None,
+        **more: Any,
+    ) -> Process:
+        """Starts it; the end of the test ends it. `more` goes to Popen.
+
+        stdin: bytes come through a pipe. env: changes of the environment; None takes a variable
+        away. command: what stands before the arguments, instead of Python and the program.
+        """
+        changed = {**self.variables, **(env or {})}
+        more["env"] = {name: value for name, value in changed.items() if value is not None}
+        more["stdin"] = subprocess.PIPE if isinstance(stdin, bytes) else stdin
+        more["cwd"] = self.folder
+        process = Process([*(command or self.command), *arguments], more)
+        self.stack.callback(process.close)
+        if isinstance(stdin, bytes):
+            process.say(stdin)
+        return process
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Waits until it holds."""
+    limit = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < limit, "waited too long"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def emulator() -> Iterator[Emulator]:
+    """The three providers, all well."""
+    with Emulator() as emulator:
+        yield emulator
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the program, alone in a folder: no .env of a developer lies beside it."""
+    real = Path(__file__).resolve().parent.parent / "fallback_llm.py"
+    return Path(shutil.copy(str(real), str(tmp_path_factory.mktemp("program"))))
+
+
+@pytest.fixture
+def run(program: Path, tmp_path: Path, emulator: Emulator) -> Iterator[Program]:
+    """Runs the program in `tmp_path`; what the test does not plan is answered with "Paris."."""
+    runs = Program(program, tmp_path, emulator)
+    runs.plan(Reply(text="Paris."))
+    with runs.stack:
+        yield runs
