@@ -119,7 +119,7 @@ ERROR_BODY_TIME = 2.0  # what a server says about its failure is not worth a lon
 GRACE = 1.0  # after a finish_reason: how long usage and [DONE] are waited for
 MAX_BODY = 32 * 1024 * 1024  # bytes; a longer reply is a fault
 MAX_HINT = 32 * 86400.0  # a longer "come back in" is junk
-POOL_WIDTH = 1000  # connections kept per host; with the default of 10 more threads reconnect
+POOL_WIDTH = 256  # connections kept per host: as many threads ask without reconnecting
 
 logger = logging.getLogger("fallback_llm")
 logger.addHandler(logging.NullHandler())

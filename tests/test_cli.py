@@ -544,7 +544,7 @@ def test_what_cannot_get_better_is_asked_once(
     result = run("q", "-m", "mine")
     assert result[:2] == (1, "")
     assert [asked.provider for asked in run.asked] == list(PROVIDERS)
-    end = re.split(r"(?m)^(?:🔄|🎯|❌ Error).*\n", result.stderr)[-1]
+    end = re.split(r"(?m)^(?:🔄|🎯|🔑|❌ Error).*\n", result.stderr)[-1]
     assert len(end.splitlines()) <= 10
     assert end.endswith("\n❌ All providers and models failed\n")
     for line, provider in zip(end.splitlines(), PROVIDERS):
