@@ -1481,6 +1481,10 @@ class FallbackLLM:
             problems = "; ".join(f"{row.key_env} {self.key_problem(row)}" for row in rows)
             raise NoProviderError(f"no API key: {problems}")
         lists = [turns(row, [model] if model else self.models[row.name]) for row in keyed]
+        if not any(lists):
+            raise ValueError(
+                f"models must name one: {', '.join(row.name for row in keyed)} has none"
+            )
         return [turn for listed in lists for turn in listed]
 
     def rows(self, provider: Any = None) -> list[Provider]:
@@ -1539,20 +1543,29 @@ def chat_models(listed: Any, free_only: bool) -> list[str]:
     """Ids in a provider's list of models that answer text with text, by what each entry says
     (fields of Groq 2026-09, OpenRouter 2026-10) or else by its name.
     """
-    found = []
-    for model in dig(listed, "data") or []:
-        name, prices = str(dig(model, "id")), dig(model, "pricing")
-        kinds = dig(model, "output_modalities") or dig(model, "architecture", "output_modalities")
-        context = number(dig(model, "context_window") or dig(model, "context_length"))
-        costs = [number(price) != 0 for price in prices.values()] if free_only and prices else []
-        fits = (
-            kinds in (None, ["text"]) and not context <= 4096 and dig(model, "active") is not False
-        )
-        if free_only and (any(costs) or not costs):
-            continue
-        if fits and re.fullmatch(r"[\w./:@~+-]{1,200}", name) and not re.search(NO_CHAT, name):
-            found.append(name)
-    return found
+    models = dig(listed, "data")
+    models = models if isinstance(models, list) else []
+    return [
+        model["id"] for model in models if _is_chat(model) and (not free_only or _is_free(model))
+    ]
+
+
+def _is_chat(model: Any) -> bool:
+    name = str(dig(model, "id"))
+    kinds = dig(model, "output_modalities") or dig(model, "architecture", "output_modalities")
+    small = number(dig(model, "context_window") or dig(model, "context_length")) <= 4096
+    named = re.fullmatch(r"[\w./:@~+-]{1,200}", name) and not re.search(NO_CHAT, name)
+    return (
+        bool(named)
+        and kinds in (None, ["text"])
+        and not small
+        and dig(model, "active") is not False
+    )
+
+
+def _is_free(model: Any) -> bool:
+    prices = dig(model, "pricing")
+    return isinstance(prices, dict) and {number(price) for price in prices.values()} == {0.0}
 
 
 def tell_next(last: Turn | None, turn: Turn, wait: float) -> None:

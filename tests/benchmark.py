@@ -398,14 +398,17 @@ def start(bench: Bench) -> Iterator[Row]:
 
 def question(bench: Bench) -> Iterator[Row]:
     """One question, from the start of the process to its exit."""
-    ours = partial(run, [PROGRAM, QUESTION], 0, ANSWER)
-    bare = partial(run, BARE.arguments(bench.url("json")), 0, ANSWER)
-    runs = in_turns(bench.rounds(30) + 1, ours, bare)
+    five_lines = BARE.arguments(bench.url("json"))
+    script, module = [PROGRAM, QUESTION], ["-m", PROGRAM[:-3], QUESTION]  # -m keeps the bytecode
+    commands = [partial(run, line, 0, ANSWER) for line in (five_lines, script, module)]
+    runs = in_turns(bench.rounds(30) + 1, *commands)
     for field, unit in ("time", "s"), ("memory", "MB"):
-        figures, yardstick = ([getattr(run, field) for run in column[1:]] for column in runs)
+        yardstick, *others = [[getattr(run, field) for run in column[1:]] for column in runs]
         beside = f"five lines with requests: {median(yardstick, unit)}"
-        what = f"a question as a process, {field}"
-        yield Row(what, ratios(figures, yardstick), "1.15", beside, "", bench.peers(field))
+        for ours, how in zip(others, (PROGRAM, f"-m {PROGRAM[:-3]}")):
+            peers = bench.peers(field) if how == PROGRAM else ""
+            what = f"one question, `python {how}`, {field}"
+            yield Row(what, ratios(ours, yardstick), "1.15", beside, "", peers)
 
 
 def warm(bench: Bench) -> Iterator[Row]:

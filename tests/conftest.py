@@ -15,6 +15,8 @@ from typing import IO, Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 import pytest
 from emulator import Asked, Emulator, Reply
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `import fallback_llm`
+
 PATIENCE = 60.0  # seconds; only a test that fails waits so long
 PROVIDERS = ("cerebras", "groq", "openrouter")
 
@@ -153,6 +155,16 @@ def emulator() -> Iterator[Emulator]:
     """The three providers, all well."""
     with Emulator() as emulator:
         yield emulator
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty folder to work in, and an environment without keys, addresses, models, proxies."""
+    for name in list(os.environ):
+        if name.upper().endswith(("_API_KEY", "_BASE_URL", "_MODELS", "_PROXY")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

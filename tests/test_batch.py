@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Iterable
 
 import pytest
 from conftest import PROVIDERS, Program, until
@@ -172,14 +172,25 @@ def test_a_bad_line(run: Program, questions: Path, line: str) -> None:
         ([*BATCH, "--workers", "0"], ["--workers", "0", "whole number"]),
         ([*BATCH, "words"], ["--batch"]),
         ([*BATCH, "-o", "questions.txt"], ["questions.txt"]),
+        ([*BATCH, "-o", "notes.txt"], ["notes.txt"]),
     ],
 )
 def test_what_cannot_be_read_or_written(
     run: Program, questions: Path, arguments: list[str], words: list[str]
 ) -> None:
-    """Files and numbers that cannot be right are refused; the questions stay as they are."""
+    """Files and numbers that cannot be right are refused; what is no output stays as it is."""
+    notes = run.folder / "notes.txt"
+    notes.write_text("written by hand\n")
     refused(run, arguments, *words)
     assert lines(questions) == QUESTIONS
+    assert lines(notes) == ["written by hand"]
+
+
+def test_no_key(run: Program, questions: Path) -> None:
+    """Without a key it ends like a single question, with the variables to set."""
+    result = run(*BATCH, env={f"{provider.upper()}_API_KEY": None for provider in PROVIDERS})
+    assert (result.code, result.stdout, run.asked) == (1, "", [])
+    assert result.stderr.startswith("❌ No API keys found! Please set environment variables:\n")
 
 
 def test_two_runs_on_one_file(run: Program, questions: Path, answers: Path) -> None:
@@ -222,15 +233,17 @@ def test_a_run_that_was_ended_is_taken_up(
 
 
 def test_torn_failed_and_double_lines_go(run: Program, questions: Path, answers: Path) -> None:
-    """A resumed file loses what is no answer, and keeps the answers as they are."""
+    """A resumed file loses what is no answer, and keeps the answers and who may read them."""
     assert run(*TO_FILE, "--workers", "1").code == 0
     whole = answers.read_bytes().splitlines(keepends=True)
     failed = whole[1].replace(b'"answer": "Paris."', b'"answer": null')
     answers.write_bytes(b"".join([whole[0], failed, *whole[3:], whole[0], whole[2][:-9]]))
+    answers.chmod(0o600)
     assert run(*TO_FILE).code == 0
     assert sorted(run.questions[40:]) == QUESTIONS[1:3]
     assert_complete(run, answers)
     assert answers.read_bytes().startswith(whole[0] + b"".join(whole[3:]))
+    assert answers.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_disk_that_gets_full(run: Program, questions: Path, answers: Path) -> None:
@@ -294,7 +307,7 @@ def test_health_is_shared(run: Program, questions: Path) -> None:
 def test_a_rate_limit_slows_and_does_not_fail(run: Program, questions: Path) -> None:
     """Questions wait for a provider that is only limited for a moment."""
     run.emulator.plan("groq", *[rate_limited("groq", 0.3)] * 4, Reply(text="Paris."))
-    result = run(*BATCH, "--workers", "4", "--provider", "groq")
+    result = run(*BATCH, "--workers", "4", "--provider", "groq", "--base-delay", "0")
     assert result.code == 0
     assert len(records(result.stdout)) == 40
 
@@ -314,9 +327,7 @@ def test_progress_is_one_line_of_a_terminal(run: Program, questions: Path) -> No
     assert max(map(len, drawn)) < 80
 
 
-def test_quiet_and_other_streams_have_no_progress_line(run: Program, questions: Path) -> None:
-    """-q leaves stderr empty; a short run outside a terminal draws nothing."""
+def test_no_progress_line_elsewhere(run: Program, questions: Path) -> None:
+    """A short run outside a terminal tells its sum alone; -q leaves stderr empty."""
+    assert run(*BATCH).stderr.count("\n") == 1
     assert run(*TO_FILE, "-q").stderr == ""
-    told: Any = run(*BATCH).stderr
-    assert "\r" not in told
-    assert set(PROVIDERS).isdisjoint(told.split())

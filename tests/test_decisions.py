@@ -28,7 +28,9 @@ Ruling = Tuple[Verdict, bool]
 NOW = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
 LIMITED, ACCOUNT_LIMITED = (Verdict.RATE_LIMITED, False), (Verdict.RATE_LIMITED, True)
 FAULT, DOWN = (Verdict.FAULT, False), (Verdict.FAULT, True)
-UNSUITABLE, GONE, REFUSED = ((v, False) for v in (Verdict.UNSUITABLE, Verdict.GONE, Verdict.REFUSED))
+UNSUITABLE, GONE, REFUSED = (
+    (v, False) for v in (Verdict.UNSUITABLE, Verdict.GONE, Verdict.REFUSED)
+)
 DENIED = (Verdict.DENIED, True)
 
 
@@ -118,7 +120,7 @@ def test_a_code_that_says_one_thing_decides(code: str, expected: Ruling) -> None
         nested(500, metadata={"limit_source": code}),
     ]
     assert [ruling(status, body) for body in places] == [expected] * len(places)
-    assert ruling(status, nested(f"x{code}y")) != expected or code.endswith(("moderation", "server"))
+    assert ruling(418, nested(f"no-{code}")) == ruling(418, nested(f"{code}-no")) == UNSUITABLE
 
 
 WORDS = {
@@ -295,7 +297,7 @@ def test_by_status_alone() -> None:
 # --- How long to wait ---------------------------------------------------------------------------
 
 AT = "Fri, 15 Jan 2027 08:00:{} GMT"
-LATER = {"metadata": {"headers": {"Retry-After": "6", "X-RateLimit-Reset": str(NOW + 8)}}}
+ECHO = nested(429, metadata={"headers": {"Retry-After": "x", "X-RateLimit-Reset": str(NOW + 8)}})
 ALL = {
     "retry-after-ms": "1500",
     "retry-after": "2",
@@ -305,7 +307,7 @@ ALL = {
 BODY = nested(
     429,
     "Please try again in 7s.",
-    metadata={**LATER["metadata"], "retry_after_seconds": 4},
+    metadata={"headers": {"ReTRY-After": "6"}, "retry_after_seconds": 4},
     availability={"retry_after": 5},
 )
 
@@ -328,7 +330,7 @@ HINTS: Dict[str, Tuple[Mapping[str, str], Any, Any]] = {
     "4 availability": ({}, without(BODY, "retry_after_seconds"), 5.0),
     "5 echoed header": ({}, without(BODY, "retry_after_seconds", "availability"), 6.0),
     "6 text": ({}, nested(429, "try again in 7s", metadata={"headers": "x"}), 7.0),
-    "7 echoed reset": (ALL and {}, nested(429, **{"metadata": {"headers": {"X-RateLimit-Reset": NOW + 8}}}), 8.0),
+    "7 echoed reset": ({"x-ratelimit-reset": str(NOW + 9)}, ECHO, 8.0),
     "8 reset": ({"x-ratelimit-reset": str(NOW + 9)}, "", 9.0),
     "reset in milliseconds": ({"x-ratelimit-reset": str(int((NOW + 9) * 1000))}, "", 9.0),
     "reset is past": ({"x-ratelimit-reset": str(NOW - 9)}, "", None),
@@ -390,7 +392,13 @@ DURATIONS = {
     "Retry after 40 seconds.": 40.0,
     "retry after 40": 40.0,
 }
-NO_DURATIONS = ["", "in 5s", "try again soon", "retry after in-flight requests settle", "retry in xs"]
+NO_DURATIONS = [
+    "",
+    "in 5s",
+    "try again soon",
+    "retry after in-flight requests settle",
+    "retry in xs",
+]
 
 
 @pytest.mark.parametrize(("message", "seconds"), DURATIONS.items())
@@ -447,7 +455,9 @@ def wait(name: str, seconds: float, patience: float = 0.0) -> Turn:
         pytest.param([wait("a1", 5.1, 5), wait("b1", 0)], 60, ("b1", 0), id="beyond it"),
         pytest.param([wait("a1", 9), wait("b1", 3), wait("b2", 4)], 60, ("b1", 3), id="soonest"),
         pytest.param([wait("a1", 3), wait("b1", 3)], 60, ("a1", 3), id="soonest, of two the first"),
-        pytest.param([wait("a1", 5, 9), wait("b1", 3)], 60, ("a1", 5), id="patience before soonest"),
+        pytest.param(
+            [wait("a1", 5, 9), wait("b1", 3)], 60, ("a1", 5), id="patience before soonest"
+        ),
         pytest.param([wait("a1", 5, 9), wait("b1", 3)], 4, ("b1", 3), id="patience in the limit"),
         pytest.param([wait("a1", 5, 5)], 5, ("a1", 5), id="just within the limit"),
         pytest.param([wait("a1", 5)], 5, ("a1", 5), id="the soonest just within it"),
@@ -463,15 +473,15 @@ def test_next_turn(line: "list[Turn]", limit: float, expected: Any) -> None:
 
 PLAIN, JITTER = RetryConfig(jitter=False), RetryConfig()
 EAGER, TWICE = RetryConfig(jitter=False, eager=True), RetryConfig(2, jitter=False)
-FIRST, OUT, SECOND = "a1 a2 b1", "a2 b1", "a2 b1 a1"
+FIRST, OUT, SECOND, NONE = "a1 a2 b1", "a2 b1", "a2 b1 a1", (0, 0)
 
 MOVES = {
     # id: attempts before, verdict, wide, hint, config, chance, order, wait and patience of the last asked
     "a short pause keeps its place": (0, LIMITED, None, PLAIN, 0, FIRST, (2, 30)),
     "so does the second": (1, LIMITED, None, PLAIN, 0, FIRST, (4, 28)),
     "and the last": (3, LIMITED, None, PLAIN, 0, FIRST, (16, 16)),
-    "after the last attempt it is out": (4, LIMITED, None, PLAIN, 0, OUT, None),
-    "out, of two": (1, LIMITED, None, TWICE, 0, OUT, None),
+    "after the last attempt it is out": (4, LIMITED, None, PLAIN, 0, OUT, NONE),
+    "out, of two": (1, LIMITED, None, TWICE, 0, OUT, NONE),
     "a hint within the patience": (0, LIMITED, 30.0, PLAIN, 0, FIRST, (30, 30)),
     "a hint beyond it": (0, LIMITED, 30.1, PLAIN, 0, SECOND, (30.1, 0)),
     "a hint of nothing": (0, LIMITED, 0.0, PLAIN, 0, FIRST, (2, 30)),
@@ -480,11 +490,11 @@ MOVES = {
     "a fault goes to the end": (0, FAULT, None, PLAIN, 0, SECOND, (2, 0)),
     "with its hint": (0, FAULT, 9.0, PLAIN, 0, SECOND, (9, 0)),
     "a fault again": (2, FAULT, None, PLAIN, 0, SECOND, (8, 0)),
-    "a fault after the last attempt": (4, FAULT, None, PLAIN, 0, OUT, None),
-    "unsuitable is out": (0, UNSUITABLE, None, PLAIN, 0, OUT, None),
-    "gone is out": (0, GONE, None, PLAIN, 0, OUT, None),
-    "refused is out": (0, REFUSED, None, PLAIN, 0, OUT, None),
-    "denied takes all models": (0, DENIED, None, PLAIN, 0, "b1", None),
+    "a fault after the last attempt": (4, FAULT, None, PLAIN, 0, OUT, NONE),
+    "unsuitable is out": (0, UNSUITABLE, None, PLAIN, 0, OUT, NONE),
+    "gone is out": (0, GONE, None, PLAIN, 0, OUT, NONE),
+    "refused is out": (0, REFUSED, None, PLAIN, 0, OUT, NONE),
+    "denied takes all models": (0, DENIED, None, PLAIN, 0, "b1", NONE),
     "a provider's fault moves all": (0, DOWN, None, PLAIN, 0, "b1 a1 a2", (2, 0)),
     "a provider's limit holds for all": (0, ACCOUNT_LIMITED, None, PLAIN, 0, FIRST, (2, 30)),
     "and moves all when it is long": (0, ACCOUNT_LIMITED, 99.0, PLAIN, 0, "b1 a1 a2", (99, 0)),
@@ -498,22 +508,16 @@ MOVES = {
 @pytest.mark.parametrize("move", MOVES.values(), ids=list(MOVES))
 def test_line_after(move: Any) -> None:
     """Who is out, who keeps the place, who goes to the end; and how long each is not asked."""
-    attempts, (verdict, wide), hint, config, chance, order, asked = move
+    attempts, (verdict, wide), hint, config, chance, order, (wait, patience) = move
     line = [turn("a1", attempts=attempts), turn("a2"), turn("b1", ready_at=7.0, patience=3.0)]
+    before = [dict(vars(each)) for each in line]
+    expected = {each["label"]: each for each in map(dict, before)}
+    for label in ("a1", "a2") if wide else ("a1",):
+        expected[label].update(ready_at=pytest.approx(100 + wait), patience=patience)
+        expected[label]["attempts"] += 1
     after = line_after(line, line[0], Failure(verdict, "", wide, hint), config, 100.0, chance)
-    assert " ".join(found.label for found in after) == order
-    found = {each.label: each for each in after}
-    assert found["b1"] == line[2]
-    if asked is not None:
-        wait, patience = asked
-        assert found["a1"] == wait_after(line[0], attempts + 1, 100 + wait, patience)
-    if "a2" in found:
-        assert found["a2"] == (wait_after(line[1], 1, 100 + asked[0], asked[1]) if wide else line[1])
-    assert line[0].attempts == attempts  # the line before is left as it was
-
-
-def wait_after(turn: Turn, attempts: int, ready_at: float, patience: float) -> Turn:
-    return Turn(turn.row, turn.model, turn.label, attempts, pytest.approx(ready_at), patience)
+    assert [vars(each) for each in after] == [expected[label] for label in order.split()]
+    assert [vars(each) for each in line] == before
 
 
 # --- What is refused at birth -------------------------------------------------------------------
@@ -578,7 +582,12 @@ def test_verdicts() -> None:
 def test_providers_are_rows() -> None:
     """A row refuses what it cannot mean, and names its variables."""
     row = Provider("my-own.ai", "https://x.test", None, ["m"])  # type: ignore[arg-type]
-    assert (row.models, row.silence, row.free_only, row.key_path) == (("m",), 60.0, False, "/models")
+    assert (row.models, row.silence, row.free_only, row.key_path) == (
+        ("m",),
+        60.0,
+        False,
+        "/models",
+    )
     assert row.variable("MODELS") == "MY_OWN_AI_MODELS"
     for wrong in ({"models": "m"}, {"silence": 0}):
         with pytest.raises(ValueError, match="^(models|silence) must be "):

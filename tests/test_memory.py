@@ -1,0 +1,229 @@
+"""What outlives a question: who is asked last, whose pause is kept, what health says of it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any
+
+import pytest
+import requests
+from fakes import EPOCH, ROWS, Reply, World, event, fails, limited, row, says
+
+from fallback_llm import (
+    AllProvidersFailed,
+    FallbackLLM,
+    FallbackLLMError,
+    ProviderHealth,
+    ProviderStatus,
+)
+
+pytestmark = pytest.mark.usefixtures("bare")
+
+FAULT, DENIED, UNSUITABLE = fails(500), fails(401), fails(400)
+GONE = Reply(404, {"error": {"message": "Never heard of it", "code": "model_not_found"}})
+BLOCKED = Reply(400, {"error": {"message": "Not that", "code": "content_policy_violation"}})
+DOWN = Reply(error=requests.ConnectionError("refused"))
+ALONE = (row("one", "a"),)
+TWINS = (row("one", "a"), row("two", "c"))
+
+
+def asks(world: World, *pauses: float, **more: Any) -> str:
+    """Asks after each of these pauses; the models that were asked, the questions apart."""
+    questions = []
+    for pause in pauses:
+        world.clock.now += pause
+        before = len(world.asked)
+        with contextlib.suppress(FallbackLLMError):
+            world.llm.complete("Where?", **more)
+        questions.append(world.asked[before:])
+    return " ".join(questions)
+
+
+MEMORIES = [
+    pytest.param([FAULT, says("A")], [0, 0, 1.9, 0.2], "ab b b a", id="a fault's backoff"),
+    pytest.param([DOWN, says("A")], [0, 0, 1.9, 0.2], "ac c c a", id="a fault of the provider"),
+    pytest.param(
+        [FAULT] * 3 + [says("A")],
+        [0, 1.9, 0.2, 3.8, 0.3, 7.8, 0.3],
+        "ab b ab b ab b a",
+        id="a backoff that grows with consecutive failures",
+    ),
+    pytest.param(
+        [FAULT] * 9 + [says("A")],
+        [0, 60, 60, 60, 60, 60, 60, 60, 60, 59, 1.1],
+        "ab ab ab ab ab ab ab ab ab b a",
+        id="a backoff that ends at max_delay",
+    ),
+    pytest.param(
+        [FAULT, FAULT, says("A"), FAULT, says("A")],
+        [0, 2.1, 4.1, 0, 1.9, 0.2],
+        "ab ab a ab b a",
+        id="a success, which clears it",
+    ),
+    pytest.param([DENIED, says("A")], [0, 599, 2], "ac c a", id="a refused key, for ten minutes"),
+    pytest.param([GONE, says("A")], [0, 599, 2], "ab b a", id="a gone model, for ten minutes"),
+    pytest.param([UNSUITABLE, says("A")], [0, 0], "ab a", id="nothing of who is unsuitable"),
+    pytest.param([BLOCKED, says("A")], [0, 0], "a a", id="nothing of a refusal"),
+    pytest.param([limited(90), says("A")], [0, 0, 89, 2], "ab b b a", id="a pause to its end"),
+    pytest.param(
+        [Reply(503, b"", {"Retry-After": "90"}), says("A")],
+        [0, 89, 2],
+        "ab b a",
+        id="a pause that comes with a fault",
+    ),
+]
+
+
+@pytest.mark.parametrize(("script", "pauses", "asked"), MEMORIES)
+def test_the_next_questions_remember(script: Any, pauses: Any, asked: str) -> None:
+    """Nobody is waited for when somebody else is there; who failed is asked last for a while."""
+    world = World({"a": script})
+    assert asks(world, *pauses) == asked
+    assert world.slept == []
+
+
+@pytest.mark.parametrize("reply", [FAULT, DOWN, DENIED, GONE, limited()])
+def test_a_guess_of_ours_refuses_nobody(reply: Reply) -> None:
+    """With a single candidate each question asks at once."""
+    world = World({"a": [reply]}, providers=ALONE, max_attempts=1)
+    assert asks(world, 0, 0, 0, model="a") == "a a a"
+    assert world.slept == []
+
+
+def test_a_servers_word_is_kept() -> None:
+    """Until its end nobody asks: the question waits if it may, else it says when to come back."""
+    world = World({"a": [limited(100), says("A")]}, providers=ALONE)
+    assert asks(world, 0, 30) == "a "
+    with pytest.raises(AllProvidersFailed) as caught:
+        world.llm.complete("Where?")
+    assert (caught.value.retry_after, caught.value.attempts, world.slept) == (70, (), [])
+    assert asks(world, 20) == "a"
+    assert world.slept == [50]
+
+
+def test_who_failed_is_asked_all_the_same_when_the_others_fail() -> None:
+    world = World({"a": [FAULT, says("A")], "b": [says("B"), UNSUITABLE]}, providers=ROWS[:1])
+    assert asks(world, 0, 0) == "ab ba"
+    assert world.slept == []
+
+
+def test_failures_that_were_under_way_together_are_one() -> None:
+    """Ten questions that run into the same fault make the backoff of one."""
+    worlds: list[World] = []
+    nested = fails(500, takes=1.0, meanwhile=lambda: worlds[0].llm.ask("Where?"))
+    world = World({"a": [*[nested] * 9, fails(500, takes=1.0), says("A")]}, providers=TWINS)
+    worlds.append(world)
+    assert asks(world, 0) == "a" * 10 + "c" * 10
+    assert world.llm.provider_health["one"].consecutive_failures == 1
+    assert asks(world, 1.9, 0.2) == "c a"
+
+
+@pytest.mark.parametrize(
+    ("reply", "arguments"),
+    [
+        pytest.param(fails(takes=9), {"timeout": 5.0}, id="the caller's time limit"),
+        pytest.param(BLOCKED, {}, id="a refused question"),
+        pytest.param(UNSUITABLE, {"model": "a"}, id="an unsuitable question"),
+    ],
+)
+def test_not_counted_against_a_provider(reply: Reply, arguments: Any) -> None:
+    world = World({"a": [reply, says("A")]})
+    assert asks(world, 0, **arguments) == "a"
+    assert world.llm.provider_health["one"] == ProviderHealth()
+    assert asks(world, 0) == "a"
+
+
+def test_closing_a_stream_is_not_counted_against_a_provider() -> None:
+    world = World({"a": [Reply(body=(event("Once"), event(" upon", "stop")))]})
+    pieces: Any = world.llm.stream("Where?")
+    assert next(iter(pieces)) == "Once"
+    pieces.close()
+    assert world.server.bodies[0].closed
+    assert world.llm.provider_health["one"].consecutive_failures == 0
+    assert world.llm.get_stats()["total_requests"] == 1
+
+
+# --- The lease: one probes, the others go elsewhere ---------------------------------------------
+
+
+@pytest.mark.parametrize("reply", [FAULT, DOWN, limited(2), DENIED], ids=lambda reply: reply.status)
+def test_one_of_twenty_threads_probes(reply: Reply) -> None:
+    """When a pause ends, one asks the model that failed; until it has answered, no other does."""
+    others, done = threading.Semaphore(0), []  # type: threading.Semaphore, list[str]
+
+    def after_the_others() -> None:
+        for _ in range(19):
+            assert others.acquire(timeout=60)
+
+    probe = Reply(body=says("A").body, meanwhile=after_the_others)
+    world = World({"a": [reply, probe, says("A")]}, max_attempts=1, max_delay=600.0)
+    world.llm.ask("Where?")
+    world.clock.now += 601
+
+    def one() -> None:
+        done.append(world.llm.ask("Where?"))
+        others.release()
+
+    threads = [threading.Thread(target=one) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done.count("A") == 1
+    assert world.llm.ask("Where?") == "A"
+
+
+def test_a_lease_refuses_nobody() -> None:
+    """With a single candidate a question under a lease asks it as well."""
+    answers: list[str] = []
+    probe = Reply(500, meanwhile=lambda: answers.append(world.llm.ask("Where?")))
+    world = World({"a": [FAULT, probe, says("A")]}, providers=ALONE, max_attempts=1)
+    assert asks(world, 0, 2.1) == "a aa"
+    assert answers == ["A"]
+
+
+# --- Health, derived from the same memory -------------------------------------------------------
+
+
+def test_health_of_the_untried() -> None:
+    """HEALTHY without figures; UNAVAILABLE without a key."""
+    world = World(providers=[*ROWS, row("three", "e", key_env="THREE_KEY")])
+    health = world.llm.provider_health
+    assert health == {
+        "one": ProviderHealth(),
+        "two": ProviderHealth(),
+        "three": ProviderHealth(ProviderStatus.UNAVAILABLE),
+    }
+
+
+def test_health_follows_the_walk() -> None:
+    """A failure, a second one, a rate limit, its end, a success, a refused key."""
+    script = [FAULT, FAULT, limited(90), says("A"), DENIED]
+    world = World({"a": script}, providers=TWINS)
+    seen = []
+    for pause in (10, 10, 10, 91, 10):
+        asks(world, pause)
+        seen.append(world.llm.provider_health["one"])
+    status = [health.status.name for health in seen]
+    assert status == ["FAILED", "FAILED", "RATE_LIMITED", "HEALTHY", "UNAVAILABLE"]
+    assert [health.consecutive_failures for health in seen] == [1, 2, 3, 0, 1]
+    assert [health.last_failure - EPOCH for health in seen] == [10, 20, 30, 30, 131]
+    assert [max(0, health.last_success - EPOCH) for health in seen] == [0, 0, 0, 121, 121]
+    assert seen[2].rate_limit_reset_time == EPOCH + 30 + 90
+    assert world.llm.provider_health["two"].last_success == EPOCH + 131
+
+
+def test_health_of_a_limit_that_is_over() -> None:
+    world = World({"a": [limited(90)]})
+    asks(world, 0, 91)
+    world.clock.now += 91
+    assert world.llm.provider_health["one"].status is not ProviderStatus.RATE_LIMITED
+
+
+def test_health_is_a_copy() -> None:
+    """What a caller does to it changes nothing."""
+    llm = World().llm
+    llm.provider_health["one"].consecutive_failures = 7
+    assert llm.provider_health["one"] == ProviderHealth()
+    assert FallbackLLM().provider_health.keys() == {"cerebras", "groq", "openrouter"}

@@ -1,0 +1,516 @@
+"""The walk in simulated time: whom it asks, how long it sleeps, how it ends, what it tells."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from fakes import ROWS, Reply, World, fails, limited, row, says
+from hypothesis import given
+from hypothesis import settings as rules
+from hypothesis import strategies as some
+
+import fallback_llm
+from fallback_llm import (
+    PROVIDERS,
+    AllProvidersFailed,
+    AnswerRefused,
+    FallbackLLM,
+    FallbackLLMError,
+    NoProviderError,
+    ProviderHealth,
+    ProviderStatus,
+    RetryConfig,
+)
+
+pytestmark = pytest.mark.usefixtures("bare")
+
+LIMITED, FAULT, DENIED, UNSUITABLE = limited(), fails(500), fails(401), fails(400)
+GONE = Reply(404, {"error": {"message": "Never heard of it", "code": "model_not_found"}})
+BLOCKED = Reply(400, {"error": {"message": "Not that", "code": "content_policy_violation"}})
+DOWN = Reply(error=requests.ConnectionError("refused"))
+ACCOUNT = Reply(429, {"error": {"metadata": {"limit_source": "openrouter_free_tier_per_minute"}}})
+FAILED, ONE = AllProvidersFailed, (row("one", "a", "b"),)
+
+
+def every(*replies: Reply, models: str = "abcd") -> Any:
+    """The same script for all models."""
+    return {model: list(replies) for model in models}
+
+
+def jitter(chance: float) -> Any:
+    return {"jitter": True, "chance": lambda: chance}
+
+
+TWICE: Any = {"max_attempts": 2}
+THRICE: Any = {"max_attempts": 3, "providers": ONE}
+DEAD: Any = {"b": [FAULT], "c": [DOWN]}
+SOONEST: Any = {m: [limited(n), says("X")] for m, n in zip("abcd", (50, 40, 35, 45))}
+
+
+def walk(text: str, asked: str, slept: Any = (), ends: Any = None, **more: Any) -> Any:
+    """A row of the table. ends: the answer (if not given, the last model's own) or the error;
+    a, b, c, d: what these models reply (A, B, C, D, when there is nothing); more: settings.
+    """
+    script = {model: more.pop(model) for model in "abcd" if model in more}
+    ends = asked[-1].upper() if ends is None else ends
+    return pytest.param(script, asked, list(slept), ends, more, id=text)
+
+
+@pytest.mark.parametrize(
+    ("script", "asked", "slept", "ends", "settings"),
+    [
+        walk("the first model answers", "a"),
+        # A rate limit is waited out on the same model, as far as its patience goes.
+        walk("a plain 429 is asked again", "aa", [2], a=[LIMITED, says("A")]),
+        walk("429 for ever: five attempts, then the next", "aaaaab", [2, 4, 8, 16], a=[LIMITED]),
+        walk("each has its attempts", "aabbc", [2, 2], max_attempts=2, a=[LIMITED], b=[LIMITED]),
+        walk("a hint within the patience is obeyed", "aa", [7], a=[limited(7), says("A")]),
+        walk("a hint below the backoff changes nothing", "aa", [2], a=[limited(1), says("A")]),
+        walk("a hint of all the patience is obeyed", "aa", [30], a=[limited(30), says("A")]),
+        walk("a hint beyond the patience moves on", "ab", a=[limited(30.5)]),
+        walk("28 s are left at the second", "aaa", [2, 28], a=[LIMITED, limited(28), says("A")]),
+        walk("28.5 s are too many at the second", "aab", [2], a=[LIMITED, limited(28.5)]),
+        walk("max_delay is the end of patience", "ab", a=[limited(25)], max_delay=20.0),
+        walk("max_delay caps the backoff", "aaaaab", [2, 4, 5, 5], a=[LIMITED], max_delay=5.0),
+        walk("the base is set", "aaaaab", [2, 6, 18, 54], a=[LIMITED], exponential_base=3.0),
+        walk("the first delay is set", "aaaaab", [1, 2, 4, 8], a=[LIMITED], base_delay=1.0),
+        walk("without a delay nothing is slept", "aaaaab", a=[LIMITED], base_delay=0.0),
+        walk("no wait follows a last attempt", "ab", a=[LIMITED], max_attempts=1),
+        walk("an account's limit counts for all models", "aaaaac", [2, 4, 8, 16], a=[ACCOUNT]),
+        walk("a fault after a limit moves on", "aab", [2], a=[LIMITED, FAULT]),
+        # Whoever is not waited for goes to the end of the line.
+        walk("a fault costs no wait", "ab", a=[FAULT]),
+        walk("a provider's fault skips its models", "ac", a=[DOWN]),
+        walk("turns, not repeats", "abcd" * 3, [2, 4], FAILED, max_attempts=3, **every(FAULT)),
+        walk("a fault that is over", "abcda", [2], "X", **every(FAULT, says("X"))),
+        walk("passed time is not slept", "abcda", [], "X", **every(fails(takes=3), says("X"))),
+        walk(
+            "it counts for all of them", "aa", [2], FAILED, max_attempts=2, providers=ONE, a=[DOWN]
+        ),
+        walk("a provider's fault moves its models", "acab", [2], a=[DOWN, FAULT], c=[DOWN]),
+        walk(
+            "a long pause is last", "abcbca", [2, 38], **TWICE, a=[limited(40), says("A")], **DEAD
+        ),
+        walk("when all are limited, the soonest is waited for", "abcdc", [35], "X", **SOONEST),
+        walk(
+            "attempts add up", "abaa", [2, 4], FAILED, **THRICE, a=[FAULT, LIMITED], b=[UNSUITABLE]
+        ),
+        # Who cannot help is not asked again.
+        walk("who is unsuitable is out", "abcd", [], FAILED, **every(UNSUITABLE)),
+        walk("who is gone is out", "abb", [2], providers=ONE, a=[GONE], b=[FAULT, says("B")]),
+        walk("whose key is refused is out with all models", "ac", [], FAILED, **every(DENIED)),
+        walk("a refused question stops the walk", "a", [], AnswerRefused, a=[BLOCKED]),
+        # Eager: somebody else rather than a wait.
+        walk("eager moves on at a 429", "ab", a=[limited(7)], eager=True),
+        walk("eager waits at last", "abcda", [7], "X", eager=True, **every(limited(7), says("X"))),
+        # Limits.
+        walk("no wait is longer than max_delay", "abcd", [], FAILED, **every(limited(61))),
+        walk("no wait passes the time limit", "ab", a=[limited(7)], timeout=5.0),
+        walk("no wait is possible in time", "abcd", [], FAILED, timeout=1.5, **every(FAULT)),
+        walk("the time limit ends a request", "a", [], FAILED, timeout=5.0, a=[fails(takes=9)]),
+        walk("silence is the provider's fault", "ac", silence=10.0, a=[fails(takes=99)]),
+        # Jitter: 80 to 100 percent.
+        walk("least jitter", "aaaaab", [1.6, 3.2, 6.4, 12.8], **jitter(0), a=[LIMITED]),
+        walk("more jitter", "aaaaab", [1.9, 3.8, 7.6, 15.2], **jitter(0.75), a=[LIMITED]),
+        walk("no hint is jittered", "aa", [7], **jitter(0), a=[limited(7), says("A")]),
+    ],
+)
+def test_walk(script: Any, asked: str, slept: Any, ends: Any, settings: Any) -> None:
+    """script -> (models asked, seconds slept, answer or error)"""
+    world = World(script, **settings)
+    try:
+        end: Any = world.llm.complete("Where?").text
+    except FallbackLLMError as error:
+        end = type(error)
+    assert (world.asked, end) == (asked, ends)
+    assert world.slept == pytest.approx(slept)
+
+
+REPLIES = [says("X"), LIMITED, limited(1), limited(9), limited(40), limited(999), FAULT, DENIED]
+REPLIES += [UNSUITABLE, DOWN, ACCOUNT, fails(takes=4), fails(takes=99), limited(3, takes=2)]
+SCRIPTS = {model: some.lists(some.sampled_from(REPLIES), min_size=1) for model in "abcd"}
+LIMITS = some.sampled_from([None, 1.0, 30.0, 300.0])
+
+
+@rules(deadline=None, database=None, derandomize=True)
+@given(some.fixed_dictionaries(SCRIPTS), some.integers(1, 5), some.booleans(), LIMITS)
+def test_what_holds_for_every_walk(script: Any, most: int, eager: bool, limit: Any) -> None:
+    """No attempt too many, no wait too long or in vain, no hint undercut, nothing untold."""
+    world = World(script, max_attempts=most, eager=eager, timeout=limit, max_delay=50.0)
+    try:
+        trail = world.llm.complete("Where?").attempts
+    except AllProvidersFailed as error:
+        trail = error.attempts
+        assert all(attempt.verdict for attempt in trail)
+    assert [attempt.model for attempt in trail] == list(world.asked)
+    assert [attempt.waited for attempt in trail if attempt.waited] == world.slept
+    assert max(world.slept, default=0) <= 50
+    assert limit is None or world.clock.now <= limit + 0.001
+    for model in set(world.asked):
+        asked = [asked.at for asked in world.server.asked if asked.model == model]
+        ended = [
+            begun + a.elapsed for begun, a in zip(asked, [a for a in trail if a.model == model])
+        ]
+        replies = script[model] + script[model][-1:] * most
+        for reply, end, again in zip(replies, ended, asked[1:]):
+            assert again >= end + float(reply.headers.get("Retry-After", 0)) - 0.001
+        assert len(asked) <= most
+        assert UNSUITABLE not in replies[: len(asked) - 1]
+
+
+def test_the_trail_tells_of_every_attempt() -> None:
+    """Provider, model, number, status, verdict, reason, seconds slept before it and taken by it."""
+    late = says("Yes.", finish="length", takes=0.5)
+    world = World({"a": [limited(7, takes=1.0), DOWN], "c": [late]})
+    answer = world.llm.complete("Where?")
+    trail = [dataclasses.astuple(attempt) for attempt in answer.attempts]
+    assert [step[:4] for step in trail] == [
+        ("one", "a", 1, 429),
+        ("one", "a", 2, None),
+        ("two", "c", 1, 200),
+    ]
+    assert [step[4] and step[4].name for step in trail] == ["RATE_LIMITED", "FAULT", None]
+    assert ["Slow down" in trail[0][5], "refused" in trail[1][5], trail[2][5]] == [True, True, ""]
+    assert [step[6:] for step in trail] == [(0, 1), (7, 0), (0, 0.5)]
+    assert (answer.text, answer.provider, answer.model) == ("Yes.", "two", "c")
+    assert (answer.finish_reason, answer.usage, answer.elapsed) == ("length", {}, 8.5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "settings", "script"),
+    [
+        pytest.param(61, {}, every(limited(61)), id="the same for all"),
+        pytest.param(70, {}, {**every(UNSUITABLE), "c": [limited(70)]}, id="one is limited"),
+        pytest.param(65, {}, {**every(limited(90)), "b": [limited(65)]}, id="the soonest"),
+        pytest.param(20, {"timeout": 9.0}, every(limited(20)), id="not in time"),
+        pytest.param(None, {}, every(UNSUITABLE), id="nobody knows"),
+    ],
+)
+def test_a_failure_says_when_to_come_back(seconds: Any, settings: Any, script: Any) -> None:
+    """retry_after: seconds until the first server wants to be asked again."""
+    world = World(script, **settings)
+    with pytest.raises(AllProvidersFailed) as caught:
+        world.llm.complete("Where?")
+    assert (caught.value.retry_after, world.slept) == (seconds, [])
+
+
+# --- What is told -------------------------------------------------------------------------------
+
+
+def test_the_documented_lines(caplog: pytest.LogCaptureFixture) -> None:
+    """The logger tells the walk line by line; failures are warnings."""
+    caplog.set_level(logging.INFO, "fallback_llm")
+    world = World({"a": [LIMITED], "b": [UNSUITABLE], "c": [says("Paris.")]}, max_attempts=2)
+    assert world.llm.ask("Where?") == "Paris."
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    limit = "❌ Error in one API request: 429 Client Error: Too Many Requests: Slow down"
+    assert told == [
+        ("INFO", "🔄 Trying provider: one"),
+        ("INFO", "🎯 Trying one model 1/2: a"),
+        ("WARNING", limit),
+        ("INFO", "⏳ Waiting 2.00s before retry..."),
+        ("WARNING", limit),
+        ("INFO", "🔄 one a exhausted all 2 retry attempts"),
+        ("INFO", "🔄 one a failed, trying next model..."),
+        ("INFO", "🎯 Trying one model 2/2: b"),
+        ("WARNING", "❌ Error in one API request: 400 Client Error: Bad Request: Not now"),
+        ("INFO", "🔄 one b failed, trying next model..."),
+        ("INFO", "🔄 Trying provider: two"),
+        ("INFO", "🎯 Trying two model 1/2: c"),
+        ("INFO", "✅ Success with two c on attempt 1"),
+    ]
+
+
+@pytest.mark.parametrize("reply", [UNSUITABLE, BLOCKED, DENIED], ids=["400", "policy", "401"])
+def test_ask_gives_no_text_and_logs_why(reply: Reply, caplog: pytest.LogCaptureFixture) -> None:
+    """ask() raises neither for models that failed nor for a question that was refused."""
+    assert World(every(reply)).llm.ask("Where?") == ""
+    assert "Not " in caplog.messages[-1]
+    assert "None" not in caplog.text
+
+
+def test_statistics() -> None:
+    """The five figures after an answer, a detour, a refusal and a failure; then zero again."""
+    script = {**every(UNSUITABLE), "a": [says("A"), limited(50), BLOCKED, UNSUITABLE]}
+    world = World({**script, "c": [says("C"), UNSUITABLE]})
+    answers = []
+    for _ in range(4):
+        answers.append(world.llm.ask("Where?"))
+        world.clock.now += 100
+    assert (answers, world.asked) == (["A", "C", "", ""], "aabcaabcd")
+    assert world.llm.get_stats() == {
+        "total_requests": 4,
+        "successful_requests": 2,
+        "failed_requests": 2,
+        "rate_limited_requests": 1,
+        "provider_switches": 2,
+    }
+    world.llm.reset_stats()
+    assert sum(world.llm.get_stats().values()) == 0
+
+
+# --- Who is asked, and what is sent -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        pytest.param({"provider": "two"}, "cd", id="one provider"),
+        pytest.param({"provider": " Two"}, "cd", id="a name is a name in any case"),
+        pytest.param({"provider": "two,one"}, "cdab", id="two, in this order"),
+        pytest.param({"provider": ["two", "one"]}, "cdab", id="as a list"),
+        pytest.param({"model": "d"}, "d", id="a model is asked of the provider that lists it"),
+        pytest.param({"model": "x"}, "xx", id="a model that nobody lists is asked of all"),
+        pytest.param({"model": "x", "provider": "one"}, "x", id="or of the chosen"),
+        pytest.param({"model": "two:x"}, "x", id="a provider's name may stand before the model"),
+        pytest.param({"model": "x:1"}, "x:1x:1", id="no other word before a colon is a name"),
+    ],
+)
+def test_who_is_asked(arguments: Any, asked: str) -> None:
+    world = World({**every(UNSUITABLE), "x": [UNSUITABLE], "x:1": [UNSUITABLE]})
+    with pytest.raises(AllProvidersFailed):
+        world.llm.complete("Where?", **arguments)
+    assert world.asked == asked
+
+
+def test_order_and_lists_are_read_at_each_question() -> None:
+    world = World({"a": [UNSUITABLE]})
+    world.llm.fallback_order = ["two", "one"]
+    world.llm.models["two"] = ["x"]
+    assert (world.llm.ask("Where?"), world.llm.models["one"]) == ("X", ["a", "b"])
+    world.llm.fallback_order.remove("two")
+    assert (world.llm.ask("Where?"), world.asked) == ("B", "xab")
+
+
+def test_keys_are_read_at_each_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A provider without a key is passed over; an empty key or a placeholder is none."""
+    monkeypatch.setenv("ONE_KEY", "your_key_here")
+    monkeypatch.setenv("TWO_KEY", ' "k-22222222"\n')
+    rows = [dataclasses.replace(row, key_env=f"{row.name.upper()}_KEY") for row in ROWS]
+    world = World(providers=rows)
+    assert (world.llm.ask("Where?"), world.llm.api_keys) == (
+        "C",
+        {"one": None, "two": "k-22222222"},
+    )
+    world.llm.api_keys.update(one="k-11111111", two="")
+    assert world.llm.ask("Where?") == "A"
+    keys = [asked.headers["Authorization"] for asked in world.server.asked]
+    assert keys == ["Bearer k-22222222", "Bearer k-11111111"]
+    world.llm.api_keys["one"] = None
+    with pytest.raises(NoProviderError, match="ONE_KEY"):
+        world.llm.ask("Where?")
+    assert world.asked == "ca"
+
+
+def test_keys_and_lists_of_a_dotenv(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """.env gives keys and models where the environment has none, and nothing else."""
+    lines = "ONE_KEY=k-1\nTWO_KEY=k-2\nTWO_MODELS=x, y\nTWO_BASE_URL=https://evil/v1\n"
+    (bare / ".env").write_text(lines)
+    monkeypatch.setenv("ONE_KEY", "k-3")
+    monkeypatch.setenv("TWO_KEY", "")
+    rows = [dataclasses.replace(row, key_env=f"{row.name.upper()}_KEY") for row in ROWS]
+    world = World(providers=rows)
+    assert world.llm.api_keys == {"one": "k-3", "two": "k-2"}
+    assert world.llm.models == {"one": ["a", "b"], "two": ["x", "y"]}
+    assert world.llm.ask("Where?", provider="two") == "X"
+    assert world.server.asked[0].url == "https://two/v1/chat/completions"
+    assert os.environ["TWO_KEY"] == ""
+
+
+def test_what_is_sent() -> None:
+    """system, conversation, question; max_tokens; what else the caller says, as it is."""
+    world, said = (
+        World(),
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "?"}],
+    )
+    more: Any = {"temperature": 0.5, "top_p": 0.9, "stop": ["\n"], "reasoning_effort": "high"}
+    world.llm.complete("Où?", 99, system="In French", messages=said, **more)
+    system, question = (
+        {"role": "system", "content": "In French"},
+        {"role": "user", "content": "Où?"},
+    )
+    expected = {"model": "a", "messages": [system, *said, question], "max_tokens": 99}
+    assert world.server.asked[0].body == {**expected, "stream": True, **more}
+    world.llm.complete(messages=said[:1])
+    assert world.server.asked[1].body["messages"] == said[:1]
+    assert world.server.asked[1].body["max_tokens"] == 500
+
+
+def test_defaults_of_rows() -> None:
+    """gpt-oss is asked to think little, unless the caller says otherwise."""
+    world = World(providers=PROVIDERS, api_keys={"cerebras": "k-11111111"})
+    cases: list[Any] = [{}, {"reasoning_effort": "high"}]
+    for more in cases:
+        world.llm.complete("Where?", model="cerebras:gpt-oss-120b", **more)
+    sent = [asked.body["reasoning_effort"] for asked in world.server.asked]
+    assert sent == ["low", "high"]
+    assert world.server.asked[0].url == "https://api.cerebras.ai/v1/chat/completions"
+
+
+# --- Mistakes of the caller ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_attempts", value) for value in (0, -1, 1.5, True, None, "5")]
+    + [("base_delay", value) for value in (-1, math.nan, math.inf, "2")]
+    + [("max_delay", value) for value in (-1, math.nan, math.inf, 1.0)]
+    + [("exponential_base", value) for value in (-1, math.nan, math.inf)],
+)
+def test_a_retry_config_that_makes_no_sense_is_not_born(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        RetryConfig(**{name: value})
+
+
+NAN, NOBODY = math.nan, {"provider": "nobody"}
+MISTAKES: list[Any] = [{"question": text} for text in (None, "", " \n\t", "\u200b", 7)]
+MISTAKES += [NOBODY, {"provider": ["one", "nobody"]}, {"provider": ""}, {"model": ""}, {"model": 7}]
+MISTAKES += [{"max_tokens": number} for number in (0, -1, 1.5, NAN, "9", None)]
+MISTAKES += [{"temperature": number} for number in (-1, 9, NAN, "hot")]
+MISTAKES += [{"timeout": number} for number in (0, -1, NAN, "1")]
+MISTAKES += [{"tools": []}, {"stream": True}, {"n": 2}, {"messages": "Hi"}, {"messages": [1]}]
+MISTAKES += [{"top_p": {1}}, {"top_p": NAN}]
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=str)
+def test_a_mistake_of_the_caller_is_a_value_error(arguments: Any) -> None:
+    """Before anything is sent, whatever the verb, and told of at the call."""
+    world = World()
+    for verb in (world.llm.complete, world.llm.ask, world.llm.stream):
+        with pytest.raises(ValueError, match=r"\w"):
+            verb(**{"question": "Where?", **arguments})
+    assert (world.asked, world.llm.get_stats()["total_requests"]) == ("", 0)
+
+
+# --- Models that are gone -----------------------------------------------------------------------
+
+
+def test_served_models_take_the_place_of_gone_ones(caplog: pytest.LogCaptureFixture) -> None:
+    """Five chat models at most, once, told with the name of the setting; and they stay."""
+    names = ["whisper-1", "p", "x-guard-1", "text-embedding-3", "off", "q", *"rstuv"]
+    entries: Any = [{"id": name, "active": name != "off"} for name in names]
+    entries[1:1] = [{"id": "w", "output_modalities": ["audio"]}, {"no": "id"}, 7]
+    script = {**every(GONE, models="ab"), **every(UNSUITABLE, models="pqrstuv")}
+    world = World({**script, "one/models": [Reply(200, {"data": entries})]}, providers=ONE)
+    assert world.llm.ask("Where?") == world.llm.ask("Where?") == ""
+    assert world.asked == "abone/modelspqrst" + "pqrst"
+    assert world.llm.models == {"one": [*"pqrst"]}
+    told = next(line for line in caplog.messages if "ONE_MODELS" in line)
+    assert "a, b" in told
+    assert "p, q, r, s, t" in told
+
+
+def test_openrouter_only_offers_what_is_free() -> None:
+    """Prices are strings; a router's -1 is no price of nothing."""
+    rows = [row for row in PROVIDERS if row.name == "openrouter"]
+    prices = {"paid": "0.0001", "auto": "-1", "free": "0", "half": "0"}
+    pricing = [{"id": n, "pricing": {"prompt": "0", "completion": p}} for n, p in prices.items()]
+    pricing[-1]["pricing"]["prompt"] = "0.1"  # type: ignore[index]
+    script: Any = {model: [GONE] for model in rows[0].models}
+    script["openrouter.ai/models"] = [Reply(200, {"data": [*pricing, {"id": "unpriced"}]})]
+    world = World(script, providers=rows, api_keys={"openrouter": "k-11111111"})
+    assert world.llm.ask("Where?") == "FREE"
+    assert [asked.model for asked in world.server.asked][-2:] == ["openrouter.ai/models", "free"]
+
+
+FREE = {"prompt": "0"}
+IDS: list[Any] = [None, 7, "", ["x"], "x y", "x\n", "x" * 999]
+PRICES: list[Any] = [7, "0", ["0"], {"prompt": {}}, {"prompt": "nan"}]
+STRANGE: list[Any] = [None, 7, "a page", [], {"data": 7}, {"data": {"id": "x"}}, {"data": ["x"]}]
+STRANGE += [{"data": [{"id": wrong, "pricing": FREE}]} for wrong in IDS]
+STRANGE += [{"data": [{"id": "x", "pricing": wrong}]} for wrong in PRICES]
+FIELDS = ("output_modalities", "context_length", "architecture", "active")
+ODD = [{"data": [{"id": "x", "pricing": FREE, field: ["x"]}]} for field in FIELDS]
+
+
+@pytest.mark.parametrize("body", STRANGE + ODD, ids=lambda body: str(body)[:60])
+def test_a_models_list_may_hold_anything(body: Any) -> None:
+    """What is no chat model's id, or has no price of nothing, is not asked; nothing breaks."""
+    rows = [row for row in PROVIDERS if row.name == "openrouter"]
+    script: Any = {model: [GONE] for model in rows[0].models}
+    script["openrouter.ai/models"] = [Reply(200, body)]
+    world = World(script, providers=rows, api_keys={"openrouter": "k-11111111"})
+    assert world.llm.ask("Where?") == ("X" if body in ODD[1:] else "")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "asked"),
+    [
+        pytest.param({"a": [GONE]}, {"model": "a"}, "a", id="a model that was chosen"),
+        pytest.param({"a": [GONE], "b": [UNSUITABLE]}, {}, "abc", id="not all are gone"),
+        pytest.param({"a": [GONE], "b": [GONE]}, {}, "abone/modelsc", id="a list that fails"),
+    ],
+)
+def test_nothing_takes_the_place_of(script: Any, arguments: Any, asked: str) -> None:
+    world = World({**script, "one/models": [fails(500)]})
+    world.llm.ask("Where?", **arguments)
+    assert world.asked == asked
+
+
+# --- What the module promises of itself ---------------------------------------------------------
+
+
+def test_the_documented_defaults() -> None:
+    assert dataclasses.astuple(RetryConfig()) == (5, 2.0, 60.0, 2.0, True, False)
+    assert dataclasses.astuple(ProviderHealth()) == (ProviderStatus.HEALTHY, 0.0, 0.0, 0, 0.0)
+    statuses = ["healthy", "rate_limited", "failed", "unavailable"]
+    assert [status.value for status in ProviderStatus] == statuses
+    silences = {"cerebras": 10, "groq": 10, "openrouter": 30}
+    assert {row.name: row.silence for row in PROVIDERS} == silences
+    assert list(FallbackLLM().fallback_order) == list(silences)
+    assert row("own").silence == 60
+
+
+def test_what_is_public_is_there() -> None:
+    assert {"FallbackLLM", "RetryConfig", "Provider", "PROVIDERS"} <= set(fallback_llm.__all__)
+    assert all(hasattr(fallback_llm, name) for name in fallback_llm.__all__)
+
+
+def test_without_a_key_only_the_question_fails(bare: Path) -> None:
+    """The constructor is silent; NoProviderError names the variables; nothing was sent."""
+    world = World(providers=[row("one", "a", key_env="ONE_KEY")])
+    for verb in (world.llm.ask, world.llm.complete, world.llm.stream):
+        with pytest.raises(NoProviderError, match="ONE_KEY") as caught:
+            verb("Where?")
+    assert isinstance(caught.value, FallbackLLMError)
+    assert (caught.value.attempts, world.asked) == ((), "")
+
+
+def test_objects_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pickled object has its settings, and keys only where the constructor was given them."""
+    monkeypatch.setenv("ONE_KEY", "k-11111111")
+    rows = [row(name, "a", key_env=f"{name.upper()}_KEY") for name in ("one", "two")]
+    settings: Any = {"providers": rows, "api_keys": {"two": "k-22222222"}, "timeout": 7.0}
+    llm = FallbackLLM(RetryConfig(max_attempts=2), **settings)
+    llm.fallback_order, llm.models["one"] = ["two"], ["x"]
+    pickled = pickle.dumps(llm)
+    assert (b"k-11111111" in pickled, b"k-22222222" in pickled) == (False, True)
+    monkeypatch.setenv("ONE_KEY", "k-33333333")
+    landed = pickle.loads(pickled)  # noqa: S301 - our own
+    assert landed.api_keys == {"one": "k-33333333", "two": "k-22222222"}
+    assert (landed.retry_config, landed.fallback_order) == (RetryConfig(max_attempts=2), ["two"])
+    assert landed.models == {"one": ["x"], "two": ["a"]}
+    assert landed.get_stats() == llm.get_stats()
+
+
+def test_results_travel() -> None:
+    """Answers and errors keep their evidence through pickle."""
+    world = World({"a": [says("A"), limited(90), BLOCKED]}, max_attempts=1, providers=ONE[:1])
+    world.llm.models["one"] = ["a"]
+    answer, limit, refusal = list(world.llm.ask_many(["1", "2", "3"], max_workers=1))
+    world.clock.now += 100
+    (refusal,) = world.llm.ask_many(["4"])
+    assert pickle.loads(pickle.dumps(answer)) == answer  # noqa: S301 - our own
+    for error in (limit, refusal):
+        landed = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+        assert (type(landed), str(landed)) == (type(error), str(error))
+        assert landed.__dict__ == error.__dict__
+        assert landed.attempts
