@@ -1304,7 +1304,7 @@ class FallbackLLM:
             line = self._memory.arrange(line, now)
             limit = min(self.retry_config.max_delay, deadline - now)
             turn, wait = next_turn(line, now, limit) or (None, 0.0)
-            if turn is None or now >= deadline:
+            if turn is None or now + wait >= deadline:
                 return line, None, 0.0
             self._memory.lease(turn, now + wait + turn.row.silence + CONNECT_TIMEOUT)
             return line, turn, wait
@@ -1551,7 +1551,7 @@ def chat_models(listed: Any, free_only: bool) -> list[str]:
 
 
 def _is_chat(model: Any) -> bool:
-    name = str(dig(model, "id"))
+    name = dig(model, "id") if isinstance(dig(model, "id"), str) else ""
     kinds = dig(model, "output_modalities") or dig(model, "architecture", "output_modalities")
     small = number(dig(model, "context_window") or dig(model, "context_length")) <= 4096
     named = re.fullmatch(r"[\w./:@~+-]{1,200}", name) and not re.search(NO_CHAT, name)
@@ -1588,7 +1588,7 @@ def tell_result(turn: Turn, failure: Failure | None, config: RetryConfig) -> Non
         logger.info("✅ Success with %s %s on attempt %d", *name, count)
         return
     logger.warning("❌ Error in %s API request: %s", turn.row.name, failure.reason)
-    if failure.verdict is Verdict.DENIED:
+    if failure.verdict is Verdict.DENIED and turn.row.key_env:
         logger.warning("🔑 Check %s and the account: %s", turn.row.key_env, turn.row.key_url)
     if failure.verdict.again and count >= config.max_attempts:
         logger.info("🔄 %s %s exhausted all %d retry attempts", *name, count)
@@ -1733,7 +1733,11 @@ def run(args: Any) -> int:
             return (check if args.check else list_models)(llm, args)
         names = ("provider", "model", "system", "temperature", "max_tokens")
         common = {name: given[name] for name in names if name in given}
-        return Batch(llm, args, common).run() if args.batch else respond(llm, args, common)
+        try:
+            return Batch(llm, args, common).run() if args.batch else respond(llm, args, common)
+        except NoProviderError as error:
+            explain(llm, args, error)
+            return 1
 
 
 def respond(llm: FallbackLLM, args: Any, common: Json) -> int:
@@ -1952,18 +1956,27 @@ class Batch:
 
     def open_output(self, stack: contextlib.ExitStack) -> Callable[[str], object]:
         """What adds a line. The file is ours alone; its failed and torn lines are dropped."""
+        import shutil
+
         path = os.path.realpath(self.args.output)
+        if path == os.path.realpath(self.args.batch):
+            raise Usage(f"--output {path}: these are the questions")
         file = stack.enter_context(opened("--output", path, "ab+"))
         if os.path.isfile(path):
-            old, file = file, stack.enter_context(opened("--output", path + ".part", "wb"))
+            part = path + ".part"
+            old, file = file, stack.enter_context(opened("--output", part, "wb"))
+            stack.callback(lambda: os.path.exists(part) and os.remove(part))
+            shutil.copymode(path, part)
             old.seek(0)
             for line in old:
+                if line[:7] != b'{"id": '[: len(line)]:
+                    raise Usage(f"--output {path}: not a file of answers, left as it is")
                 said = parsed(line) if line.endswith(b"\n") else None
                 if dig(said, "answer") is not None and dig(said, "id") not in self.before:
                     self.before[dig(said, "id")] = hash(dig(said, "question"))
                     file.write(line)
             file.flush()
-            os.replace(path + ".part", path)
+            os.replace(part, path)
         # flushed, a line is one write of the system
         return lambda line: (file.write(line.encode()), file.flush())
 

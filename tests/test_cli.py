@@ -476,7 +476,7 @@ def test_a_hostile_dotenv(run: Program) -> None:
         real = {"GROQ_BASE_URL": None, "HTTPS_PROXY": run.emulator.url}
         assert run("q", "--provider", "groq", "--max-attempts", "1", env=real).code == 1
         assert trap.asked == []
-    assert run.asked[-1].path == "443"  # CONNECT api.groq.com:443
+    assert run.asked[-1].path.endswith("443")  # CONNECT api.groq.com:443
 
 
 def test_netrc_and_no_proxy(run: Program) -> None:
