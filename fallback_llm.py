@@ -1965,7 +1965,7 @@ class Batch:
         if os.path.isfile(path):
             part = path + ".part"
             old, file = file, stack.enter_context(opened("--output", part, "wb"))
-            stack.callback(lambda: os.path.exists(part) and os.remove(part))
+            stack.callback(lambda: os.path.exists(part) and os.unlink(part))  # type: ignore
             shutil.copymode(path, part)
             old.seek(0)
             for line in old:

@@ -196,6 +196,8 @@ def test_every_flag_exists() -> None:
 class LocalServer(BaseHTTPRequestHandler):
     """Plain JSON for who sends no key, as Ollama and llama.cpp do."""
 
+    protocol_version = "HTTP/1.1"
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = f"{body['model']} at {self.path}, key: {self.headers['Authorization']}"
