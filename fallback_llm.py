@@ -119,7 +119,7 @@ ERROR_BODY_TIME = 2.0  # what a server says about its failure is not worth a lon
 GRACE = 1.0  # after a finish_reason: how long usage and [DONE] are waited for
 MAX_BODY = 32 * 1024 * 1024  # bytes; a longer reply is a fault
 MAX_HINT = 32 * 86400.0  # a longer "come back in" is junk
-POOL_WIDTH = 256  # connections kept per host: as many threads ask without reconnecting
+POOL_WIDTH = 128  # connections kept per host; 1000 take 1 ms to set up, 10 make threads reconnect
 
 logger = logging.getLogger("fallback_llm")
 logger.addHandler(logging.NullHandler())
