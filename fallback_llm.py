@@ -404,7 +404,7 @@ WORDS = (
     (Verdict.GONE, False, r"is not a valid model id|no endpoints found for"),
     (Verdict.GONE, False, r"\bmodels?\b.{0,120}\b(does not exist|not found|no longer|retired)"),
     (Verdict.GONE, False, r"\bmodels?\b.{0,120}\b(archived|decommissioned|deprecated)\b"),
-    (Verdict.REFUSED, False, r"content (management|safety) policy|request blocked: |moderation"),
+    (Verdict.REFUSED, False, r"content (management|safety) policy|request blocked: |\bflagged\b"),
 )
 DENIED = (401, 402, 403)
 PASSING = (408, 409, 424, 425, 498, 499)  # and 5xx
@@ -466,6 +466,7 @@ class Evidence:
             message if isinstance(message, str) else json.dumps(message) if message else ""
         )
         self.metadata, self.availability = dig(error, "metadata"), dig(error, "availability")
+        self.retry_after = dig(error, "retry_after")
         codes = [dig(self.metadata, "limit_source"), dig(self.availability, "code")]
         codes += [dig(error, "code"), dig(error, "error_type"), dig(self.metadata, "error_type")]
         self.codes = [code for code in [*codes, dig(error, "type")] if isinstance(code, str)]
@@ -535,6 +536,7 @@ def hints_in(headers: Mapping[str, str], error: Evidence, now: float) -> Iterato
     yield retry_after(headers.get("retry-after"), date, now)
     yield number(dig(error.metadata, "retry_after_seconds"))
     yield number(dig(error.availability, "retry_after"))
+    yield number(error.retry_after)
     yield retry_after(echo.get("retry-after"), date, now)
     yield duration(error.message)
     for place in (echo, headers):
@@ -549,8 +551,9 @@ def retry_after(value: Any, date: str | None, now: float) -> float:
     seconds = number(value)
     if math.isnan(seconds) and isinstance(value, str):
         with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
+            then: Any = parsedate_tz(value)
             sent = parsedate_tz(date or "")
-            return mktime_tz(parsedate_tz(value)) - (mktime_tz(sent) if sent else now)  # type: ignore
+            return mktime_tz(then) - (mktime_tz(sent) if sent else now)
     return seconds
 
 
@@ -560,7 +563,8 @@ PART = r"(\d+(?:\.\d+)?) ?(ms|milli|[smhd]|(?![a-z]))[a-z]*"
 
 def duration(message: str) -> float:
     """Seconds in "try again in 1m26.4s", "in 850ms", "retry after 40 seconds"."""
-    said = re.search(rf"(?i)\b(?:again|retry) (?:in|after) ((?:{PART},? ?(?:and )?)+)", message)
+    before = r"(?i)\b(?:(?:again|retry) (?:in|after)|wait(?: for)?) (?:about )?"
+    said = re.search(before + rf"((?:{PART},? ?(?:and )?)+)", message)
     parts = re.findall("(?i)" + PART, said.group(1)) if said else []
     return sum(float(count) * UNITS[unit.lower()] for count, unit in parts) if parts else math.nan
 
@@ -1645,7 +1649,7 @@ def parse(argv: list[str]) -> Any:
         def error(self, message: str) -> Any:
             raise Usage(message + meant(message))
 
-    parser = Parser(prog="fallback_llm.py", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="fallback_llm.py", usage="", add_help=False, allow_abbrev=False)
     parser.add_argument("question", nargs="*")
     for short, name, value in OPTIONS:
         action = "store" if value else "store_true"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 import pytest
-from conftest import PROVIDERS, Program, until
+from conftest import PROVIDERS, Program, Result, until
 from emulator import Emulator, Reply, document, error, rate_limited
 
 import fallback_llm
@@ -63,8 +63,8 @@ def zeroed(text: str) -> str:
     return re.sub(r"\d+\.\d\ds", "0.00s", text)
 
 
-def shell(reader: Program, script: str, **more: Any) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a line that is typed into the reader's shell."""
+def shell(reader: Program, script: str, **more: Any) -> Result:
+    """How a line ends that is typed into the reader's shell."""
     return reader("-c", script, command=["bash"], **more)
 
 
@@ -121,12 +121,13 @@ def test_the_transcript_is_the_demos(reader: Program) -> None:
 
 
 def test_a_key_is_enough(reader: Program) -> None:
-    """The lines of the second block, with a key in the place of its dots, give an answer each."""
+    """The lines of the second block, with a key put in, give an answer each; without, none."""
     lines = blocks("sh")[1]
     key = reader.variables["GROQ_API_KEY"]
     for name in KEYS:
         del reader.variables[name]
-    code, out, _ = shell(reader, "set -e\n" + lines.replace("gsk_...", key))
+    assert "GROQ_API_KEY holds a placeholder" in shell(reader, "set -e\n" + lines).stderr
+    code, out, _ = shell(reader, "set -e\n" + lines.replace("your_key_here", key))
     assert (code, [asked.provider for asked in reader.asked]) == (0, ["groq", "groq"])
     assert out.count("Hello from the emulator of groq") == 2
 
