@@ -236,6 +236,8 @@ class Provider:
 
     def __post_init__(self) -> None:
         checked("silence", self.silence)
+        if not re.fullmatch(r"[a-z0-9_.-]+", self.name):
+            raise ValueError(f"a provider's name must be in lower case, not {self.name!r}")
         if isinstance(self.models, str):
             raise ValueError(f"models must be several ids, not one string: {self.models!r}")
         object.__setattr__(self, "models", tuple(self.models))
@@ -306,6 +308,7 @@ class FallbackLLMError(Exception):
     retry_after: float | None = None  # AllProvidersFailed: seconds, if a server said when to come
     reason = ""  # AnswerRefused: the provider's own
     partial = provider = model = ""  # StreamInterrupted: the text so far, and whose it is
+    # NoProviderError: provider holds the names of those that were chosen
 
     def __init__(self, message: str = "", **evidence: Any) -> None:
         super().__init__(message)
@@ -420,15 +423,17 @@ def judge(status: int, headers: Mapping[str, str], body: Any, now: float) -> Fai
     """
     error = Evidence(body)
     code = status if status >= 300 else error.status
-    verdict, wide = error.ruling() or by_status(code, error.said)
+    verdict, wide = error.ruling(code) or by_status(code, error.said)
     if error.upstream is not None:  # a router's supplier: its word counts for the model alone
-        passed_on = (error.upstream.ruling() or (verdict,))[0]
+        passed_on = (error.upstream.ruling(code) or (verdict,))[0]
         if passed_on in (Verdict.UNSUITABLE, Verdict.GONE, Verdict.REFUSED):
             verdict = passed_on
         verdict, wide = Verdict.FAULT if verdict is Verdict.DENIED else verdict, False
     if verdict is Verdict.RATE_LIMITED and headers.get("x-should-retry") == "false":
         verdict = Verdict.FAULT
-    hint = next((h for h in hints_in(headers, error, now) if 0 <= h <= MAX_HINT), None)
+    resets = verdict is Verdict.RATE_LIMITED  # a quota's reset says nothing about other failures
+    hints = hints_in(headers, error, now, resets)
+    hint = next((h for h in hints if 0 <= h <= MAX_HINT), None) if verdict.again else None
     if hint is None and verdict is Verdict.RATE_LIMITED and re.search(LONG, error.message):
         hint = 3600.0
     return Failure(verdict, told(status, code, error), wide, hint)
@@ -462,9 +467,7 @@ class Evidence:
         error = dig(whole, "error") or dig(whole, "errors", 0) or whole
         error = dig(error, 0) if isinstance(error, list) else error
         message = error if isinstance(error, str) else dig(error, "message") or dig(error, "detail")
-        self.message = (
-            message if isinstance(message, str) else json.dumps(message) if message else ""
-        )
+        self.message = message_of(message)
         self.metadata, self.availability = dig(error, "metadata"), dig(error, "availability")
         self.retry_after = dig(error, "retry_after")
         codes = [dig(self.metadata, "limit_source"), dig(self.availability, "code")]
@@ -477,27 +480,35 @@ class Evidence:
         self.status = next((int(status) for status in statuses if 400 <= status <= 599), None)
         self.upstream: Evidence | None = None
         if self.message == "Provider returned error":
-            self.upstream = Evidence(parsed(dig(self.metadata, "raw") or ""))
+            raw = dig(self.metadata, "raw")
+            self.upstream = Evidence(parsed(raw) if isinstance(raw, str) else raw)
 
-    def ruling(self) -> Ruling | None:
+    def ruling(self, status: int | None) -> Ruling | None:
         """By the first code, else the first words, that are known."""
         for code in self.codes:
             for verdict, wide, pattern in CODES:
                 if re.fullmatch(pattern, code, re.IGNORECASE):
                     return verdict, wide
         for verdict, wide, pattern in WORDS:
-            if re.search(pattern, self.message, re.IGNORECASE):
+            down = verdict is Verdict.REFUSED and (status or 0) >= 500  # the moderation, that is
+            if re.search(pattern, self.message, re.IGNORECASE) and not down:
                 return verdict, wide
         return None
 
     @property
     def said(self) -> str:
-        """The error's own words; of a web page the title."""
-        if re.match(r"(?i)\s*<(!doctype|html|head)", self.message):
-            title = re.search(r"(?is)<title[^>]*>(.*?)</title>", self.message)
-            return "HTML page: " + (title.group(1).strip() if title else "without a title")
+        """The error's own words, else its codes."""
         upstream = ": " + self.upstream.said if self.upstream and self.upstream.said else ""
         return (self.message or " ".join(self.codes)) + upstream
+
+
+def message_of(message: Any) -> str:
+    """A message as text that is not too long to be searched; of a web page the title."""
+    text = message if isinstance(message, str) else json.dumps(message) if message else ""
+    if re.match(r"(?i)\s*<(!doctype|html|head)", text):
+        title = re.search(r"(?is)<title[^>]{0,200}>(.{0,200}?)</title>", text[:4000])
+        return "HTML page: " + (title.group(1).strip() if title else "without a title")
+    return text[:4000]
 
 
 def dig(value: Any, *path: str | int) -> Any:
@@ -528,7 +539,9 @@ def parsed(body: str | bytes) -> Any:
         return text
 
 
-def hints_in(headers: Mapping[str, str], error: Evidence, now: float) -> Iterator[float]:
+def hints_in(
+    headers: Mapping[str, str], error: Evidence, now: float, resets: bool = True
+) -> Iterator[float]:
     """Seconds after which the server wants to be asked again, the best source first. nan: none."""
     date, echo = headers.get("date"), dig(error.metadata, "headers")
     echo = {name.lower(): echo[name] for name in echo} if isinstance(echo, dict) else {}
@@ -539,7 +552,7 @@ def hints_in(headers: Mapping[str, str], error: Evidence, now: float) -> Iterato
     yield number(error.retry_after)
     yield retry_after(echo.get("retry-after"), date, now)
     yield duration(error.message)
-    for place in (echo, headers):
+    for place in (echo, headers) if resets else ():
         instant = number(place.get("x-ratelimit-reset"))
         yield (instant / 1000 if instant > 1e11 else instant) - now
 
@@ -604,10 +617,11 @@ def line_after(
         if not failure.verdict.again or attempts >= config.max_attempts:
             continue
         wait = backoff(config, attempts) * (0.8 + 0.2 * chance if config.jitter else 1.0)
-        wait, patience = max(wait, failure.hint or 0.0), 0.0
-        if failure.verdict is Verdict.RATE_LIMITED and not config.eager:
-            patience = sum(backoff(config, n) for n in range(attempts, config.max_attempts))
-        place, patience = (stay, patience) if wait <= patience else (last, 0.0)
+        wait = max(wait, failure.hint or 0.0)
+        # as long as all the waits that are left for it: a longer one gains nothing
+        patience = sum(backoff(config, n) for n in range(attempts, config.max_attempts))
+        waits = wait <= patience and failure.verdict is Verdict.RATE_LIMITED and not config.eager
+        place, patience = (stay, patience) if waits else (last, 0.0)
         turn = Turn(turn.row, turn.model, turn.label, attempts, now + wait, patience)
         place.append(turn)
     return stay + last
@@ -787,25 +801,35 @@ class Reading:
 
 def text_of(content: Any) -> str:
     """The text of a message's content: a string, or a list of parts."""
-    if isinstance(content, list):
-        return "".join(text_of(dig(part, "text")) for part in content)
-    return content if isinstance(content, str) else ""
+    parts = [dig(part, "text") for part in content] if isinstance(content, list) else [content]
+    return "".join(part for part in parts if isinstance(part, str))
 
 
 def figures(usage: Json) -> Json:
-    """The numbers of a usage report, nested ones too; texts in it are left out."""
-    kept = {name: value for name, value in usage.items() if isinstance(value, (int, float, dict))}
-    return {k: figures(v) if isinstance(v, dict) else v for k, v in kept.items()}
+    """The numbers of a usage report, two levels deep; whatever else is in it is left out."""
+    inner = {k: dict(filter(is_figure, v.items())) for k, v in usage.items() if isinstance(v, dict)}
+    return {k: inner.get(k, v) for k, v in usage.items() if is_figure((k, 0 if k in inner else v))}
+
+
+def is_figure(item: tuple[str, Any]) -> bool:
+    name, value = item
+    is_number = isinstance(value, (int, float)) and -1e300 < value < 1e300
+    return is_number and bool(re.fullmatch("[a-z_]{1,64}", name))
 
 
 SECRETS = r"(?i)\b(csk-|gsk_|sk-)[\w-]{8,}|(?<=bearer )[\w.~+/=-]{8,}|(?<=://)[^/@\s]+(?=@)"
 
 
+def clean(value: str | None) -> str:
+    """A value without the quotes and white space that come along when it is pasted."""
+    return (value or "").strip(" \t\r\n\"'")
+
+
 def one_line(text: str, keys: Iterable[str | None] = (), limit: int = 300) -> str:
     """A server's text as one line that is safe to show: no control characters, keys or ids."""
     line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    for key in keys:
-        if key and len(key) >= 4:
+    for key in map(clean, keys):
+        if len(key) >= 4:
             line = re.sub(re.escape(key), "[key]", line, flags=re.IGNORECASE)
     line = re.sub(SECRETS, "[key]", line)
     line = re.sub(r"\b(org|user)_\w+", r"\1_[id]", line)
@@ -926,7 +950,9 @@ class Limits:
 
     def finish(self, grace: float) -> None:
         """All that matters has come; the rest has so many seconds."""
-        self._until, self.finished = self._clock() + grace, True
+        until = self._clock() + grace
+        self._until = min(self._until, until) if self.finished else until
+        self.finished = True
 
     def left(self) -> float:
         """Seconds that the next read may take; raises a Failure when nothing is left."""
@@ -978,7 +1004,7 @@ class Transport:
                 reading.begin(reply.status_code, reply.headers)
                 if reading.is_refused:
                     limits.finish(ERROR_BODY_TIME)
-                packed = re.search("gzip|deflate", reading.headers.get("content-encoding", ""))
+                packed = re.search("(?i)gzip|deflate", reading.headers.get("content-encoding", ""))
                 unpack, size = zlib.decompressobj(47) if packed else None, 0  # 47: either of them
                 for chunk in self._chunks(reply, limits):
                     data = unpack.decompress(chunk, MAX_BODY) if unpack else chunk
@@ -986,9 +1012,16 @@ class Transport:
                     if size >= MAX_BODY:
                         raise Failure(Verdict.FAULT, f"the reply is longer than {MAX_BODY} bytes")
                     yield data
-                if unpack and not unpack.eof:
+                if unpack and not unpack.eof and not limits.finished:
                     raise Failure(Verdict.FAULT, "the answer was cut: half of a compressed body")
-        except (OSError, RequestException, HTTPException, HTTPError, zlib.error) as error:
+        except (
+            OSError,
+            ValueError,
+            HTTPException,
+            HTTPError,
+            RequestException,
+            zlib.error,
+        ) as error:
             if not limits.finished:
                 reason = str(error) or type(error).__name__
                 silent = reading.status is not None and reason.endswith("timed out")
@@ -1047,7 +1080,7 @@ class Transport:
             return
         sock = getattr(getattr(getattr(source, "fp", None), "raw", None), "_sock", None)
         chunk = b" "
-        while chunk:
+        while chunk and getattr(source, "fp", source) is not None:  # None: read to the end
             left = limits.left()
             if left <= 0:
                 return
@@ -1055,7 +1088,7 @@ class Transport:
                 sock.settimeout(left)
             chunk = source.read1(65536)
             yield chunk
-        if getattr(source, "length", None):
+        if getattr(source, "length", None) and reply.status_code < 300:
             raise Failure(Verdict.FAULT, "the answer was cut: shorter than its Content-Length")
         source.close()
         reply.raw.release_conn()
@@ -1063,7 +1096,9 @@ class Transport:
 
 # --- 8. FallbackLLM -----------------------------------------------------------------------------
 
-PLACEHOLDER = r"(?i)your[_ -].*|.*[_ -]here|<.*>|change.?me|replace.?me|x{3,}|\.{3,}|todo|none|null"
+PLACEHOLDER = (
+    r"(?i)your[_ -].*|.*[_ -]here|<.*>|change.?me|replace.?me|x{3,}|.*\.{3}|todo|none|null"
+)
 
 
 def settings_of(names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
@@ -1101,11 +1136,6 @@ def _dotenv(path: str) -> Mapping[str, str | None]:
     return {}
 
 
-def clean(value: str | None) -> str:
-    """A value without the quotes and white space that come along when it is pasted."""
-    return (value or "").strip(" \t\r\n\"'")
-
-
 def base_url(row: Provider) -> str:
     """The URL to put paths behind: of the environment or the row, whose path it gets if it has
     none. ValueError unless it is https, or http to this machine.
@@ -1115,7 +1145,8 @@ def base_url(row: Provider) -> str:
     host = r"(?i)(https://[\w.-]+|https?://(localhost|127(\.\d+){3}|\[::1\]))(:\d{1,5})?"
     if not re.fullmatch(host + r"(/[^\s?#@]*)?", url):
         allowed = "https://..., or http:// to this machine"
-        raise ValueError(f"{name} must be {allowed}, not {one_line(url)!r}")
+        shown = one_line(re.sub(r"//.*@|[?#].*", "//...", url))  # a key may be in it
+        raise ValueError(f"{name} must be {allowed}, not {shown!r}")
     path = row.base_url.partition("://")[2].partition("/")[2]
     return f"{url}/{path}".rstrip("/") if re.fullmatch(host, url) else url
 
@@ -1159,9 +1190,9 @@ class FallbackLLM:
         session: requests.Session | None = None,
     ) -> None:
         providers, given = tuple(providers), dict(api_keys or {})
-        self._settings = {
-            k: v for k, v in locals().items() if k not in ("self", "session", "given")
-        }
+        self._settings = dict(locals())
+        for name in ("self", "session", "given"):
+            del self._settings[name]
         self.retry_config = RetryConfig() if retry_config is None else retry_config
         self.timeout = timeout if timeout is None else checked("timeout", timeout)
         self._clock, self._wall_clock, self._sleep, self._chance = clock, wall_clock, sleep, chance
@@ -1182,12 +1213,12 @@ class FallbackLLM:
         self.fallback_order = list(self._rows)
         self._transport, self._memory = Transport(session), Memory()
         self._discovered: set[str] = set()  # providers that were asked what they serve
-        self._lock = threading.Lock()
+        self._lock, self._discovery = threading.Lock(), threading.Lock()
         self._stats = [0] * len(STATISTICS)
 
     def __getstate__(self) -> Json:
         """The settings; of the keys only those that this object was given."""
-        changed = {name: key for name, key in self.api_keys.items() if key != self._found[name]}
+        changed = {k: v for k, v in self.api_keys.items() if v != self._found.get(k)}
         keys = {**(self._settings["api_keys"] or {}), **changed}
         settings = {**self._settings, "api_keys": keys, "retry_config": self.retry_config}
         return {"settings": settings, "fallback_order": self.fallback_order, "models": self.models}
@@ -1293,7 +1324,7 @@ class FallbackLLM:
                 stop_if_final(turn, failure, reading.text if live else [], trail)
                 now, chance = self._clock(), self._chance()
                 line = line_after(line, turn, failure, self.retry_config, now, chance)
-                line += self._served_instead(turn.row, question, trail, deadline)
+                line += self._served_instead(turn.row, line, question, trail, deadline)
                 last = turn
         except GeneratorExit:  # the caller has read enough
             answered = True
@@ -1345,6 +1376,7 @@ class FallbackLLM:
     ) -> Attempt:
         """The attempt as it stands in the trail. Remembers it, and tells how it ended."""
         now, epoch = self._clock(), self._wall_clock()
+        reading.finish_reason = one_line(reading.finish_reason, self.api_keys.values())
         if failure is not None:
             failure.reason = one_line(failure.reason, self.api_keys.values())
         with self._lock:
@@ -1366,52 +1398,63 @@ class FallbackLLM:
     # What providers serve
 
     def _served_instead(
-        self, row: Provider, question: Question, trail: list[Attempt], deadline: float
+        self,
+        row: Provider,
+        line: list[Turn],
+        question: Question,
+        trail: list[Attempt],
+        until: float,
     ) -> list[Turn]:
         """Turns for models that the provider serves, once all its listed ones are gone."""
-        gone = {a.model for a in trail if a.provider == row.name and a.verdict is Verdict.GONE}
-        with self._lock:
-            asked = question.is_chosen or row.name in self._discovered
-            if asked or not gone.issuperset(self.models[row.name]):
-                return []
-            self._discovered.add(row.name)
-        served = [model for model in self.served(row, deadline) if model not in gone][:5]
-        if served:
-            words = (row.name, ", ".join(sorted(gone)), ", ".join(served), row.variable("MODELS"))
-            logger.warning("🔎 %s: gone: %s; used instead: %s; to choose, set %s=a,b", *words)
-            self.models[row.name] = served
-        return turns(row, served)
+        tried = [attempt for attempt in trail if attempt.provider == row.name]
+        gone = {attempt.model for attempt in tried if attempt.verdict is Verdict.GONE}
+        listed = {turn.model for turn in question.line if turn.row is row}
+        if question.is_chosen or not gone.issuperset(listed):
+            return []
+        with self._discovery:  # whoever comes meanwhile waits for what is found
+            if row.name not in self._discovered and gone.issuperset(self.models[row.name]):
+                self._discovered.add(row.name)
+                served = [model for model in self.served(row, until) if model not in gone][:5]
+                self.models[row.name] = served or self.models[row.name]
+                if served:
+                    words = (row.name, ", ".join(sorted(gone)), ", ".join(served))
+                    end = f"to choose, set {row.variable('MODELS')}=a,b"
+                    logger.warning("🔎 %s: gone: %s; used instead: %s; %s", *words, end)
+        known = {attempt.model for attempt in tried} | {turn.model for turn in line}
+        return [turn for turn in turns(row, self.models[row.name]) if turn.model not in known]
 
-    def served(self, row: Provider, deadline: float = math.inf) -> list[str]:
+    def served(self, row: Provider, until: float = math.inf) -> list[str]:
         """The chat models in the provider's own list; none where it cannot be asked."""
-        models = chat_models(self._get(row, "/models", deadline)[1], row.free_only)
+        models = chat_models(self._get(row, "/models", until)[1], row.free_only)
         return [m for m in models if one_line(m, self.api_keys.values()) == m]  # it may hold a key
 
     def check(self, row: Provider) -> Json:
         """Whether the key is accepted and which listed models are served; costs no tokens."""
-        started, listed, problem = self._clock(), self.models[row.name], self.key_problem(row)
-        wrong, body = (problem, None) if problem else self._get(row, row.key_path)
+        started, listed = self._clock(), self.models[row.name]
+        wrong, body = self._get(row, row.key_path)
         if not wrong and row.key_path != "/models":
             wrong, body = self._get(row, "/models")
-        ids = [dig(model, "id") for model in dig(body, "data") or []]
-        refused = "refused" if re.match("40[123] ", wrong) else "not checked"
+        ids = [dig(model, "id") for model in entries(body)]
+        key = "refused" if re.match("40[123] ", wrong) else "not checked" if wrong else "accepted"
         return {
             "provider": row.name,
-            "key": "missing" if problem else refused if wrong else "accepted",
+            "key": "missing" if self.key_problem(row) else key,
             "seconds": round(self._clock() - started, 3),
             "served": [model for model in listed if model in ids],
             "not_served": [model for model in listed if model not in ids and not wrong],
-            "reason": f"{row.key_env} {problem}" if problem else wrong,
+            "reason": wrong,
         }
 
-    def _get(self, row: Provider, path: str, deadline: float = math.inf) -> tuple[str, Any]:
+    def _get(self, row: Provider, path: str, until: float = math.inf) -> tuple[str, Any]:
         """("", the JSON) of a GET, or (what was wrong, None)."""
+        if self.key_problem(row):
+            return f"{row.key_env} {self.key_problem(row)}", None
         reading = Reading(self._wall_clock())
-        deadline = min(deadline, self._clock() + 2 * CONNECT_TIMEOUT)
-        limits = Limits(self._clock, row.silence, deadline)
+        until = min(until, self._clock() + 2 * CONNECT_TIMEOUT)
+        limits = Limits(self._clock, row.silence, until)
         try:
             body = parsed(b"".join(self._exchange(row, path, None, reading, limits)))
-            if reading.status == 200:
+            if reading.status == 200 and isinstance(body, dict):
                 return "", body
             failure = reading.judge(body)
         except Failure as caught:
@@ -1483,7 +1526,8 @@ class FallbackLLM:
         keyed = [row for row in rows if not self.key_problem(row)]
         if not keyed:
             problems = "; ".join(f"{row.key_env} {self.key_problem(row)}" for row in rows)
-            raise NoProviderError(f"no API key: {problems}")
+            names = ",".join(row.name for row in rows)
+            raise NoProviderError(f"no API key: {problems}", provider=names)
         lists = [turns(row, [model] if model else self.models[row.name]) for row in keyed]
         if not any(lists):
             raise ValueError(
@@ -1494,8 +1538,9 @@ class FallbackLLM:
     def rows(self, provider: Any = None) -> list[Provider]:
         """The rows of these providers (None: of all), in the order they are asked."""
         names = self.fallback_order if provider is None else provider
-        split = names.split(",") if isinstance(names, str) else list(names)
-        rows = {str(name).strip().lower(): None for name in split}
+        split = names.split(",") if isinstance(names, str) else names
+        several = isinstance(split, (list, tuple))
+        rows = {str(name).strip().lower(): None for name in (split if several else [names])}
         if not rows or not rows.keys() <= self._rows.keys():
             known = ", ".join(self._rows)
             raise ValueError(f"provider must be one or more of {known}, not {names!r:.60}")
@@ -1524,7 +1569,7 @@ def turns(row: Provider, models: list[str]) -> list[Turn]:
 
 
 def answer_of(turn: Turn, reading: Reading, trail: list[Attempt], elapsed: float) -> Answer:
-    text, reason = "".join(reading.text), one_line(reading.finish_reason) or None
+    text, reason = "".join(reading.text), reading.finish_reason or None
     names = (turn.row.name, turn.model)
     return Answer(text, *names, reason, reading.usage, tuple(trail), elapsed)
 
@@ -1547,11 +1592,13 @@ def chat_models(listed: Any, free_only: bool) -> list[str]:
     """Ids in a provider's list of models that answer text with text, by what each entry says
     (fields of Groq 2026-09, OpenRouter 2026-10) or else by its name.
     """
+    models = [model for model in entries(listed) if _is_chat(model)]
+    return [model["id"] for model in models if not free_only or _is_free(model)]
+
+
+def entries(listed: Any) -> list[Any]:
     models = dig(listed, "data")
-    models = models if isinstance(models, list) else []
-    return [
-        model["id"] for model in models if _is_chat(model) and (not free_only or _is_free(model))
-    ]
+    return models if isinstance(models, list) else []
 
 
 def _is_chat(model: Any) -> bool:
@@ -1608,7 +1655,8 @@ class Usage(Exception):
     """Wrong usage: one line, exit code 2. Messages name parameters; they are shown as flags."""
 
     def __str__(self) -> str:
-        names = r"^(provider|model)\b|\b(max_\w+|base_delay|timeout|temperature|workers)\b"
+        names = r"max_tokens|max_attempts|base_delay|max_delay|timeout|temperature|workers"
+        names = rf"^(provider|model)\b|(?<![\w./-])({names})\b(?!\.)"
         return re.sub(names, lambda m: "--" + m.group().replace("_", "-"), super().__str__())
 
 
@@ -1656,7 +1704,8 @@ def parse(argv: list[str]) -> Any:
         parser.add_argument(*filter(None, (short, name)), action=action)
     words: list[str] = []
     for word in argv:  # a number may begin with a dash: --base-delay -inf
-        if words and words[-1][2:].replace("-", "_") in NUMBERS and "--" not in words:
+        flag = words[-1].replace("-", "_") if words and "--" not in words else ""
+        if flag.startswith("__") and flag[2:] in NUMBERS:
             words[-1] += "=" + word
         else:
             words.append(word)
@@ -1804,6 +1853,7 @@ def record(result: Any, elapsed: float) -> Json:
     trail = [dataclasses.asdict(attempt) for attempt in result.attempts]
     for step in trail:
         step["verdict"] = step["verdict"] and step["verdict"].word
+        step.update({name: round(step[name], 3) for name in ("waited", "elapsed")})
     names = ("provider", "model", "finish_reason", "usage", "retry_after")
     return {
         "answer": None if failed else result.text,
@@ -1817,7 +1867,7 @@ def record(result: Any, elapsed: float) -> Json:
 ADVICE = {  # what to do next, by the verdict of a provider's last attempt
     Verdict.RATE_LIMITED: "wait for the limit to end",
     Verdict.FAULT: "try again later",
-    Verdict.UNSUITABLE: "choose another model with -m, or change the question or --max-tokens",
+    Verdict.UNSUITABLE: "change the question or --max-tokens, or choose another model with -m",
     Verdict.GONE: "choose another model with -m, or set {models}",
     Verdict.DENIED: "check {key} and the account: {url}",
     Verdict.REFUSED: "change the question",
@@ -1828,6 +1878,7 @@ def explain(llm: FallbackLLM, args: Any, error: FallbackLLMError) -> None:
     """Tells of a failure in at most ten lines: one for each provider, then the sum."""
     rows, last = llm.rows(args.provider), {step.provider: step for step in error.attempts}
     if isinstance(error, NoProviderError):
+        rows = llm.rows(error.provider)
         say("❌ No API keys found! Please set environment variables:")
         say("   " + ", ".join(str(row.key_env) for row in rows))
     elif args.quiet or not isinstance(error, AllProvidersFailed):
@@ -1839,6 +1890,7 @@ def explain(llm: FallbackLLM, args: Any, error: FallbackLLMError) -> None:
             say(f"   {row.name}: {row.key_env} {problem} → get a key: {row.key_url}")
         elif step and step.verdict:
             advice = ADVICE[step.verdict].format(**words)
+            advice = "raise --timeout" if "time limit" in step.reason else advice
             say(f"   {row.name} {step.model}: {step.reason} → {advice}")
     if isinstance(error, NoProviderError):
         return say(f"   one is enough: export {rows[-1].key_env}=...   (or put it into .env)")
@@ -1861,7 +1913,8 @@ def check(llm: FallbackLLM, args: Any) -> int:
 
 def list_models(llm: FallbackLLM, args: Any) -> int:
     """Prints the models that each provider serves, or where it cannot be asked, the listed."""
-    pairs = [(row.name, model) for row in llm.rows(args.provider) for model in llm.served(row)]
+    rows = llm.rows(args.provider)
+    pairs = [(row.name, m) for row in rows for m in llm.served(row) or llm.models[row.name]]
     if args.json:
         put(to_json([{"provider": name, "model": model} for name, model in pairs]))
     else:
@@ -1967,8 +2020,8 @@ class Batch:
             raise Usage(f"--output {path}: these are the questions")
         file = stack.enter_context(opened("--output", path, "ab+"))
         if os.path.isfile(path):
-            part = path + ".part"
-            old, file = file, stack.enter_context(opened("--output", part, "wb"))
+            part = f"{path}.{os.getpid()}.part"
+            old, file = file, stack.enter_context(opened("--output", part, "xb"))
             stack.callback(lambda: os.path.exists(part) and os.unlink(part))  # type: ignore
             shutil.copymode(path, part)
             old.seek(0)
@@ -1976,8 +2029,10 @@ class Batch:
                 if line[:7] != b'{"id": '[: len(line)]:
                     raise Usage(f"--output {path}: not a file of answers, left as it is")
                 said = parsed(line) if line.endswith(b"\n") else None
-                if dig(said, "answer") is not None and dig(said, "id") not in self.before:
-                    self.before[dig(said, "id")] = hash(dig(said, "question"))
+                name = dig(said, "id")
+                is_done = isinstance(name, (str, int)) and dig(said, "answer") is not None
+                if is_done and name not in self.before:
+                    self.before[name] = hash_of(said or {})
                     file.write(line)
             file.flush()
             os.replace(part, path)
@@ -1993,15 +2048,16 @@ class Batch:
             if not text:
                 continue
             try:
+                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise ValueError("save the file as UTF-8")
                 fields = json.loads(text) if text[0] == "{" else {"question": text}
                 name = fields.pop("id", place)
-                if name in seen:
-                    raise ValueError(f"id {name!r} is there twice")
+                if not isinstance(name, (str, int)) or name in seen:
+                    raise ValueError(f"id must be a text or number of its own, not {name!r:.60}")
                 seen.add(name)
                 fields = {**self.common, **fields}
                 self.llm.question(**fields)
-                question = hash(fields.get("question"))
-                if self.before.get(name, question) != question:
+                if self.before.get(name, hash_of(fields)) != hash_of(fields):
                     raise ValueError(f"the output answers another question under id {name!r}")
             except (ValueError, TypeError, RecursionError) as error:
                 raise Usage(f"--batch {self.args.batch}: line {place}: {error}") from None
@@ -2033,7 +2089,9 @@ class Batch:
         started = time.monotonic()
         found = record(self.llm.result(fields), time.monotonic() - started)
         with self.lock:
-            self.write(to_json({"id": name, "question": fields.get("question"), **found}))
+            said = {"messages": fields["messages"]} if "messages" in fields else {}
+            said["question"] = fields.get("question")
+            self.write(to_json({"id": name, **said, **found}))
             if found["error"] is None:
                 self.answered[found["provider"]] = self.answered.get(found["provider"], 0) + 1
             else:
@@ -2050,6 +2108,11 @@ class Batch:
         line = f"{done}/{self.total} done, {self.failed} failed, {rate:.1f}/s, {left}"
         line += "".join(f"; {name} {count}" for name, count in sorted(self.answered.items()))
         say(line, end="\r" if redraws else "\n")
+
+
+def hash_of(fields: Json) -> int:
+    """What tells one question of a batch from another."""
+    return hash(json.dumps([fields.get("question"), fields.get("messages")]))
 
 
 def opened(flag: str, path: str, mode: str) -> Any:

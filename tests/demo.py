@@ -45,5 +45,9 @@ def run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    print("Demo: the real program, a local emulator instead of the providers.", file=sys.stderr)
+    print(
+        "Demo: the real program, a local emulator instead of the providers.",
+        file=sys.stderr,
+        flush=True,
+    )
     sys.exit(run(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Mapping
 
@@ -9,6 +10,7 @@ import pytest
 
 from fallback_llm import (
     MAX_HINT,
+    PROVIDERS,
     Failure,
     Provider,
     RetryConfig,
@@ -117,6 +119,7 @@ def test_a_code_that_says_one_thing_decides(code: str, expected: Any) -> None:
         nested(code),
         [nested(code)],
         {"errors": [{"code": code}]},
+        {"error": [{"code": code}]},
         nested(type=code),
         {"error": {"error_type": code, "http_status": 500}},
         nested(500, availability={"code": code}),
@@ -257,11 +260,12 @@ REASONS = {
     "server": (500, "", "500 Server Error: Internal Server Error"),
     "redirect": (300, "", "300 Redirect Error: Multiple Choices"),
     "a status without a name": (529, "", "529 Server Error: Unknown"),
-    "page": (502, "\n<html><title> Bad\n</title>", "502 Server Error: Bad Gateway: HTML page: Bad"),
+    "page": (502, "\n<!doctype html><title> A\n</title>", "502 Server Error: Bad Gateway: HTML page: A"),
     "untitled page": (404, "<HEAD>", "404 Client Error: Not Found: HTML page: without a title"),
     "codes instead of words": (400, flat("a"), "400 Client Error: Bad Request: a some_error"),
     "words that are data": (400, nested(1, {"a": 1}), '400 Client Error: Bad Request: {"a": 1}'),
     "inside, with a status": (200, nested(502, "Off."), "error 502 inside the reply: Off."),
+    "inside, the highest": (200, nested(599, "Off."), "error 599 inside the reply: Off."),
     "inside, without": (200, nested("x", "Off."), "error: Off."),
     "a supplier's words": (0, routed('{"message": "a"}'), "error: Provider returned error: a"),
 }
@@ -408,7 +412,7 @@ def test_next_turn(line: list[Turn], limit: float, expected: Any) -> None:
 
 
 PLAIN, JITTER, TWICE = RetryConfig(jitter=False), RetryConfig(), RetryConfig(2, jitter=False)
-EAGER = RetryConfig(jitter=False, eager=True)
+EAGER, SHORT = RetryConfig(jitter=False, eager=True), RetryConfig(base_delay=0.5, jitter=False)
 FIRST, OUT, LAST, NONE = "a1 a2 b1", "a2 b1", "a2 b1 a1", (0, 0)
 MOVES = {  # attempts before, ruling, hint, config, chance; the line, wait and patience of who moved
     "a short pause keeps its place": (0, LIMITED, None, PLAIN, 0, FIRST, (2, 30)),
@@ -420,6 +424,8 @@ MOVES = {  # attempts before, ruling, hint, config, chance; the line, wait and p
     "a hint beyond it": (0, LIMITED, 30.1, PLAIN, 0, LAST, (30.1, 0)),
     "no wait below the backoff": (0, LIMITED, 1.0, PLAIN, 0, FIRST, (2, 30)),
     "eager waits for nobody": (0, LIMITED, None, EAGER, 0, LAST, (2, 0)),
+    "a pause below a second": (0, LIMITED, None, SHORT, 0, FIRST, (0.5, 7.5)),
+    "a fault that short": (0, FAULT, None, SHORT, 0, LAST, (0.5, 0)),
     "a fault goes to the end": (0, FAULT, None, PLAIN, 0, LAST, (2, 0)),
     "with its hint": (0, FAULT, 9.0, PLAIN, 0, LAST, (9, 0)),
     "a fault again": (2, FAULT, None, PLAIN, 0, LAST, (8, 0)),
@@ -504,7 +510,10 @@ def test_verdicts() -> None:
 
 
 def test_a_providers_row() -> None:
-    """It names its variables, and refuses what it cannot mean."""
+    """It names its variables, refuses what it cannot mean, and stays as it is."""
+    assert len({hash(row) for row in PROVIDERS}) == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        A.silence = 1.0  # type: ignore[misc]
     row = Provider("my-own.ai", "https://x.test", None, ["m"])  # type: ignore[arg-type]
     assert (row.models, row.silence, row.free_only, row.key_path) == (("m",), 60, False, "/models")
     assert row.variable("MODELS") == "MY_OWN_AI_MODELS"

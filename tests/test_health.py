@@ -200,6 +200,8 @@ def test_the_later_of_both_pauses_counts() -> None:
 
 def test_health_of_the_unknown() -> None:
     """Healthy with a key, unavailable without one; nothing has happened."""
+    words = [status.value for status in (HEALTHY, RATE_LIMITED, FAILED, UNAVAILABLE)]
+    assert words == ["healthy", "rate_limited", "failed", "unavailable"]
     assert Story().health(5) == ProviderHealth(HEALTHY, 0.0, 0.0, 0, 0.0)
     assert Story().health(5, has_key=False) == ProviderHealth(UNAVAILABLE, 0.0, 0.0, 0, 0.0)
 

@@ -172,7 +172,7 @@ def test_connections_are_kept(here: Emulator) -> None:
     for _ in range(5):
         llm.ask("Where?")
         "".join(llm.stream("Where?"))
-    assert len({asked.provider for asked in here.asked}) == here.connections
+    assert here.connections <= len({asked.provider for asked in here.asked})
 
 
 def test_as_many_connections_as_threads(here: Emulator, caplog: pytest.LogCaptureFixture) -> None:

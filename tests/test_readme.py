@@ -230,10 +230,10 @@ def ollama(reader: Program) -> Iterator[None]:
 @pytest.mark.parametrize("script", scripts(), ids=["one machine", "many machines"])
 @pytest.mark.usefixtures("ollama")
 def test_python_prints_what_stands_behind_it(reader: Program, script: str) -> None:
-    """The lines with #> are the output; what is asked of Ollama prints a line more."""
+    """The lines with # > are the output; what is asked of Ollama prints a line more."""
     if "dask" in script and importlib.util.find_spec("dask") is None:
         pytest.skip("no dask for this Python")
-    expected = "".join(re.findall(r"^#> (.*\n)", script, re.MULTILINE))
+    expected = "".join(re.findall(r"^# > (.*\n)", script, re.MULTILINE))
     expected += LOCAL_ANSWER if "ollama" in script else ""
     (reader.folder / "example.py").write_text(script, encoding="utf-8")
     assert shell(reader, "python -W error example.py") == (0, expected, "")
