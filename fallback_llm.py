@@ -93,8 +93,12 @@ import logging
 import math
 import os
 import re
+import signal
 import threading
 import time
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(), Ctrl-C needs no traceback
 
 TYPE_CHECKING = False  # typing itself is not imported: that takes a tenth of the start-up
 if TYPE_CHECKING:
@@ -1671,8 +1675,6 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: {error if isinstance(error, Usage) else Usage(error)}")
         return 2
     except KeyboardInterrupt:
-        import signal
-
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills at once
         say("\nInterrupted.")
         os.kill(os.getpid(), signal.SIGINT)  # an exit code would not stop a shell's loop
@@ -1711,15 +1713,26 @@ def parse(argv: list[str]) -> Any:
             words.append(word)
     # the intermixed parse takes flags anywhere, but does not know "--"
     args = (parser.parse_args if "--" in words else parser.parse_intermixed_args)(words)
-    if args.quiet and args.verbose:
-        raise Usage("--quiet: not allowed with --verbose")
+    check_options(args)
+    return args
+
+
+def check_options(args: Any) -> None:
+    """Makes numbers of texts. Usage for a wrong one, and for options that exclude each other."""
     for name in set(NUMBERS).intersection(vars(args)):
         text = getattr(args, name)
         try:
             setattr(args, name, text if text is None else checked(name, NUMBERS[name][0](text)))
         except ValueError:
             raise Usage(f"{name} must be {NUMBERS[name][3]}, not {text!r}") from None
-    return args
+    if args.quiet and args.verbose:
+        raise Usage("--quiet: not allowed with --verbose")
+    if args.batch is None and (args.output or args.workers):
+        raise Usage("--output, --workers: only allowed with --batch")
+    if args.question and (args.check or args.list_models):
+        raise Usage(
+            f"--check, --list-models: not allowed with a question: {args.question[0]!r:.60}"
+        )
 
 
 def meant(message: str) -> str:
@@ -1787,7 +1800,8 @@ def run(args: Any) -> int:
         names = ("provider", "model", "system", "temperature", "max_tokens")
         common = {name: given[name] for name in names if name in given}
         try:
-            return Batch(llm, args, common).run() if args.batch else respond(llm, args, common)
+            alone = args.batch is None
+            return respond(llm, args, common) if alone else Batch(llm, args, common).run()
         except NoProviderError as error:
             explain(llm, args, error)
             return 1
@@ -1913,8 +1927,12 @@ def check(llm: FallbackLLM, args: Any) -> int:
 
 def list_models(llm: FallbackLLM, args: Any) -> int:
     """Prints the models that each provider serves, or where it cannot be asked, the listed."""
-    rows = llm.rows(args.provider)
-    pairs = [(row.name, m) for row in rows for m in llm.served(row) or llm.models[row.name]]
+    pairs = []
+    for row in llm.rows(args.provider):
+        served = llm.served(row)
+        if not served and not args.quiet:
+            say(f"⚠️  {row.name} does not tell what it serves: these are the listed models")
+        pairs += [(row.name, model) for model in served or llm.models[row.name]]
     if args.json:
         put(to_json([{"provider": name, "model": model} for name, model in pairs]))
     else:
@@ -2052,7 +2070,7 @@ class Batch:
                     raise ValueError("save the file as UTF-8")
                 fields = json.loads(text) if text[0] == "{" else {"question": text}
                 name = fields.pop("id", place)
-                if not isinstance(name, (str, int)) or name in seen:
+                if not isinstance(name, (str, int)) or isinstance(name, bool) or name in seen:
                     raise ValueError(f"id must be a text or number of its own, not {name!r:.60}")
                 seen.add(name)
                 fields = {**self.common, **fields}
@@ -2135,4 +2153,6 @@ def opened(flag: str, path: str, mode: str) -> Any:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

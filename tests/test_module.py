@@ -73,92 +73,18 @@ def test_the_help_and_the_parser_agree() -> None:
             assert [key for key in args if args[key]] == [field]
 
 
-URLS = [  # the variable, the URL in use
-    ("", "https://row.test/v1"),
-    ("https://own.test", "https://own.test/v1"),
-    (" 'https://own.test/' ", "https://own.test/v1"),
-    ("https://own.test:8080/x/y/", "https://own.test:8080/x/y"),
-    ("http://localhost:1", "http://localhost:1/v1"),
-    ("HTTP://127.0.0.1/api", "HTTP://127.0.0.1/api"),
-    ("http://127.9.9.9", "http://127.9.9.9/v1"),
-    ("http://[::1]:80", "http://[::1]:80/v1"),
-]
-NO_URLS = ["http://own.test", "http://localhost.own.test", "http://127.0.0.1.own.test", "own.test"]
-NO_URLS += ["ftp://own.test", "https://", "https://a b", "https://me:pw@own.test", "https://a?x=1"]
-NO_URLS += ["https://own.test/#x", "http://128.0.0.1", "https://own.test:port", "//own.test"]
-
-
-@pytest.mark.parametrize(("value", "url"), URLS)
-def test_base_url(value: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment before the row; without a path it gets the row's."""
-    monkeypatch.setenv("MY_OWN_BASE_URL", value)
-    assert base_url(Provider("my.own", "https://row.test/v1", None, ())) == url
-
-
-@pytest.mark.parametrize("value", NO_URLS)
-def test_urls_that_would_leak_the_key(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong usage, which names the variable and shows no password."""
-    monkeypatch.setenv("MY_OWN_BASE_URL", value)
-    with pytest.raises(ValueError, match=r"^MY_OWN_BASE_URL must be https://") as error:
-        base_url(Provider("my.own", "https://row.test/v1", None, ()))
-    assert "pw" not in str(error.value)
-
-
-def test_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The environment before ./.env; an empty variable or a placeholder is none."""
-    monkeypatch.chdir(tmp_path)
-    Path(".env").write_text("FB_A=dot\nFB_B='dot'\nFB_C=${FB_A}\nFB_D=your_key_here\nFB_E=\n")
-    for name, value in {"FB_A": ' "env" ', "FB_B": "", "FB_D": "<key>", "FB_F": "xxx"}.items():
-        monkeypatch.setenv(name, value)
-    values, placeholders = settings_of([f"FB_{letter}" for letter in "ABCDEFG"])
-    assert "env dot ${FB_A}    ".split(" ") == list(values.values())
-    assert placeholders == {"FB_D", "FB_F"}
-    assert [clean(value) for value in (None, "", " \t'k'\r\n", '"k')] == ["", "", "k", "k"]
-
-
-PLACEHOLDERS = """your_groq_api_key_here|your-key|YOUR KEY|put_it_here|paste-here|changeme|change-me
-|replace_me|replaceme|xxx|XXXXX|...|<your key>|<>|todo|none|null"""
-
-
-def test_placeholders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What an example file holds in a key's place; a real key is none of it."""
-    monkeypatch.chdir(tmp_path)
-    for value in PLACEHOLDERS.split("|"):
-        monkeypatch.setenv("FB_KEY", value)
-        assert settings_of(["FB_KEY"]) == ({"FB_KEY": ""}, {"FB_KEY"}), value
-    for value in ("gsk_xxx", "yours", "nonesuch", "xx", "a<k>"):
-        monkeypatch.setenv("FB_KEY", value)
-        assert settings_of(["FB_KEY"]) == ({"FB_KEY": value}, set())
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_limits() -> None:
-    """A silence or the question's time ends an exchange; after its end, nothing is a failure."""
-    clock = Clock()
-    limits = Limits(clock, 10.0, 125.0)
-    assert limits.left() == 10.0
-    clock.now = 109.0
-    limits.progress()
-    assert limits.left() == 10.0
-    clock.now = 119.0
-    with pytest.raises(Failure) as silence:
-        limits.left()
-    failure = silence.value
-    assert (failure.verdict, failure.wide, failure.blameless) == (Verdict.FAULT, True, False)
-    assert failure.reason == "silent for 10 s"
-    limits.progress()
-    assert limits.left() == 6.0
-    clock.now = 125.0
-    with pytest.raises(Failure) as late:
-        limits.left()
-    assert (late.value.blameless, late.value.wide) == (True, False)
-    limits.finish(1.0)
-    clock.now = 127.0
-    limits.progress()
-    assert limits.left() < 0
+def test_the_limits_of_an_exchange() -> None:
+    """A silence or the question's time ends it; after its end, nothing is a failure."""
+    times = [100.0]
+    limits = Limits(lambda: times[-1], 10.0, 125.0)
+    ended = []
+    for now in (109.0, 118.9, 128.9):
+        assert limits.left() == min(10.0, 125.0 - times[-1])
+        times.append(now)
+        if now < 120:
+            limits.progress()
+    for now in (124.9, 124.995, 125.0):
+        times.append(now)
+        with pytest.raises(Failure) as failed:
+            raise limits.failure("cut") if now < 125 else limits.left() or AssertionError
+        ended.append((failed.value.reason, failed.value.wide, failed.value.blameless))
