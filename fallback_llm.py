@@ -1027,7 +1027,9 @@ class Transport:
             zlib.error,
         ) as error:
             if not limits.finished:
-                reason = str(error) or type(error).__name__
+                reason = (
+                    re.sub(r"<\S+ object at 0x\w+>:? ?", "", str(error)) or type(error).__name__
+                )
                 silent = reading.status is not None and reason.endswith("timed out")
                 wide = reading.status is None or silent
                 raise limits.failure("" if silent else reason, wide) from None

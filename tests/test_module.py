@@ -1,4 +1,4 @@
-"""The module as a whole: its names, its cost, its form, its help, its settings."""
+"""The module as a whole: its names, its cost, its form, its help; the limits of an exchange."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import fallback_llm
-from fallback_llm import Failure, Limits, Provider, Verdict, base_url, clean, settings_of
+from fallback_llm import Failure, FallbackLLMError, Limits
 
 FILE = Path(fallback_llm.__file__)
-SOURCE = FILE.read_text(encoding="utf-8")
+SOURCE, HELP = FILE.read_text(encoding="utf-8"), fallback_llm.HELP
 NAMES = (
     "PROVIDERS AllProvidersFailed Answer AnswerRefused Attempt FallbackLLM FallbackLLMError"
     " NoProviderError Provider ProviderHealth ProviderStatus RetryConfig StreamInterrupted Verdict"
@@ -23,14 +23,13 @@ NAMES = (
 
 
 def test_all_names_the_public_api() -> None:
-    """Sorted, and all of it is there."""
+    """Sorted, and all of it is there; the errors are of one tree."""
     assert fallback_llm.__all__ == NAMES.split()
     found: dict[str, Any] = {}
     exec("from fallback_llm import *", found)  # noqa: S102 - the statement under test
     assert set(found) - {"__builtins__"} == set(fallback_llm.__all__)
     errors = [found[n] for n in found if n.endswith(("Error", "Failed", "Refused", "Interrupted"))]
-    assert len(errors) == 5
-    assert all(issubclass(error, fallback_llm.FallbackLLMError) for error in errors)
+    assert [issubclass(error, FallbackLLMError) for error in errors] == [True] * 5
 
 
 def test_the_import_costs_little_and_says_nothing() -> None:
@@ -53,38 +52,43 @@ def test_the_file_is_of_python_37() -> None:
     assert [line for line in SOURCE.splitlines() if len(line) > 100] == []
 
 
-def test_the_help_fits_a_screen() -> None:
-    """50 lines of 80 columns."""
-    lines = fallback_llm.HELP.splitlines()
-    assert len(lines) <= 50
-    assert [line for line in lines if len(line) > 80] == []
-
-
-def test_the_help_and_the_parser_agree() -> None:
-    """Each option of the one is an option of the other, with a value or without."""
-    listed = re.findall(r"^  (?:(-\w), )?(--[\w-]+)(?: ([A-Z]+))?", fallback_llm.HELP, re.MULTILINE)
-    assert len(listed) == len(re.findall(r"^  -.*--[a-z]|^  --", fallback_llm.HELP, re.MULTILINE))
+def test_the_help_fits_a_screen_and_agrees_with_the_parser() -> None:
+    """50 lines of 80 columns; each option of one is one of the other, with a value or without."""
+    assert len(HELP.splitlines()) <= 50
+    assert [line for line in HELP.splitlines() if len(line) > 80] == []
+    listed = re.findall(r"^  (?:(-\w), )?(--[\w-]+)(?: ([A-Z]+))?", HELP, re.MULTILINE)
+    assert len(listed) == len(re.findall(r"^  -.*--[a-z]|^  --", HELP, re.MULTILINE))
     assert listed == fallback_llm.OPTIONS
     for short, name, value in listed:
+        field = name[2:].replace("-", "_")
+        needs = ["--batch", "1"] if name in ("--output", "--workers") else []
         for flag in filter(None, (short, name)):
-            args = vars(fallback_llm.parse([flag, "1"] if value else [flag]))
-            field = name[2:].replace("-", "_")
-            assert str(args[field]) in ("1", "1.0", "True")
-            assert [key for key in args if args[key]] == [field]
+            args = vars(fallback_llm.parse([flag, "1", *needs] if value else [flag]))
+            assert {key for key in args if args[key]} == {field, *(["batch"] if needs else [])}
+            assert {str(args[key]) for key in args if args[key]} <= {"1", "1.0", "True"}
 
 
 def test_the_limits_of_an_exchange() -> None:
     """A silence or the question's time ends it; after its end, nothing is a failure."""
-    times = [100.0]
-    limits = Limits(lambda: times[-1], 10.0, 125.0)
-    ended = []
-    for now in (109.0, 118.9, 128.9):
-        assert limits.left() == min(10.0, 125.0 - times[-1])
-        times.append(now)
-        if now < 120:
-            limits.progress()
-    for now in (124.9, 124.995, 125.0):
-        times.append(now)
-        with pytest.raises(Failure) as failed:
-            raise limits.failure("cut") if now < 125 else limits.left() or AssertionError
-        ended.append((failed.value.reason, failed.value.wide, failed.value.blameless))
+    now = [100.0]
+    limits = Limits(lambda: now[0], 10.0, 125.0)
+    now[0] = 109.9
+    assert limits.left() == pytest.approx(0.1)
+    limits.progress()
+    assert limits.left() == 10.0
+    for at, expected in {
+        119.9: ("silent for 10 s", True, False),
+        124.98: ("silent for 10 s", True, False),
+        124.995: ("the question's time limit is up", False, True),
+    }.items():
+        now[0] = at
+        with pytest.raises(Failure) as ended:
+            limits.left()
+        failure = ended.value
+        assert (failure.reason, failure.wide, failure.blameless) == expected
+    limits.progress()
+    assert limits.left() == pytest.approx(0.005)
+    limits.finish(1.0)
+    limits.progress()
+    now[0] = 127.0
+    assert limits.left() == -2.0

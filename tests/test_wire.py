@@ -7,11 +7,10 @@ import math
 from typing import Any, Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fallback_llm import (
-    PROVIDERS,
     Failure,
     Provider,
     Reading,
@@ -37,26 +36,23 @@ def sent(model: str, **fields: Any) -> Any:
 
 
 def test_request_body() -> None:
-    """The row's defaults for this model, and the caller's parameters over them."""
+    """The row's defaults for this model, the caller's parameters over them; lone surrogates are
+    replaced.
+    """
     assert sent("m", messages=[], top_p=0) == {"model": "m", "messages": [], "top_p": 0}
     assert sent("an-oss-1") == {"model": "an-oss-1", "effort": "low", "top_p": 1}
     assert sent("oss-2", top_p=0.5) == {"model": "oss-2", "effort": "none", "top_p": 0.5}
     assert DEFAULTS["oss"] == {"effort": "low", "top_p": 1}
-
-
-def test_request_text() -> None:
-    """Pairs of surrogates become what they mean, lone ones a question mark; the rest stays."""
     texts = ["é😀\u2028\0\n", "\ud83d\ude00", "a\ud83d", "\ude00b"]
     assert sent("m", said=texts)["said"] == ["é😀\u2028\0\n", "😀", "a\ufffd", "\ufffdb"]
     assert "é".encode() in request_body({"said": "é"}, Turn(ROW, "m", ""))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, {1, 2}, b"x", object()])
-def test_what_json_cannot_carry_is_refused(value: Any) -> None:
+def test_what_json_cannot_carry_is_refused() -> None:
     """Before anything is sent."""
     endless: list[Any] = []
     endless.append(endless)
-    for wrong in (value, endless):
+    for wrong in (math.nan, math.inf, {1, 2}, b"x", endless):
         with pytest.raises(ValueError, match=r"^the question cannot be sent as JSON: "):
             request_body({"x": wrong}, Turn(ROW, "m", ""))
 
@@ -71,44 +67,31 @@ BE, HI, YES, MORE = (
     said("assistant", "y"),
     said("user", "q"),
 )
-CONVERSATIONS: dict[str, Any] = {
-    "a question": (("q", None, None), [MORE]),
-    "with a system": (("q", "s", None), [BE, MORE]),
-    "an empty system is none": (("q", "", None), [MORE]),
-    "messages": ((None, None, [HI, YES]), [HI, YES]),
-    "continued": (("q", None, (HI, YES)), [HI, YES, MORE]),
-    "all three": (("q", "s", [HI, YES]), [BE, HI, YES, MORE]),
-}
-NO_CONVERSATIONS: dict[str, Any] = {
-    "nothing": (None, None, None),
-    "an empty question": ("", None, None),
-    "a blank one": (" \n\u200b\t\u3000", None, None),
-    "a blank one to go on": (" ", None, [HI]),
-    "a number": (5, None, None),
-    "bytes": (b"q", None, None),
-    "a system of no text": ("q", 5, None),
-    "no messages": ("q", None, []),
-    "messages as a text": ("q", None, "hi"),
-    "one message": ("q", None, HI),
-    "a message without a role": ("q", None, [HI, {"content": "x"}]),
-    "a message that is a text": ("q", None, [HI, "x"]),
-    "a role that is no text": ("q", None, [{"role": 1}]),
-}
+CONVERSATIONS: list[Any] = [  # question, system, messages; what is sent
+    (("q", None, None), [MORE]),
+    (("q", "s", None), [BE, MORE]),
+    (("q", "", None), [MORE]),
+    ((None, None, [HI, YES]), [HI, YES]),
+    (("q", None, (HI, YES)), [HI, YES, MORE]),
+    (("q", "s", [HI, YES]), [BE, HI, YES, MORE]),
+]
+WRONG: list[Any] = [[], "hi", HI, [HI, "x"], [HI, {}], [{"role": 1}]]
+NO_CONVERSATIONS: list[Any] = [
+    *((question, None, None) for question in (None, "", " \n\u200b\t\u3000", 5, b"q")),
+    *(("q", None, wrong) for wrong in WRONG),
+    ("q", 5, None),
+    (" ", None, [HI]),
+]
 
 
-@pytest.mark.parametrize(("given", "messages"), CONVERSATIONS.values(), ids=list(CONVERSATIONS))
-def test_conversation(given: Any, messages: Any) -> None:
-    """The system first, the question last."""
-    assert conversation(*given) == messages
-
-
-@pytest.mark.parametrize("given", NO_CONVERSATIONS.values(), ids=list(NO_CONVERSATIONS))
-def test_conversations_that_cannot_be_meant(given: Any) -> None:
-    """A mistake of the caller, named."""
-    with pytest.raises(
-        ValueError, match=r"^(the question is empty$|(the question|the system|messages) must be )"
-    ):
-        conversation(*given)
+def test_conversation() -> None:
+    """The system first, the question last; what cannot be meant is named."""
+    for asked, messages in CONVERSATIONS:
+        assert conversation(*asked) == messages
+    for asked in NO_CONVERSATIONS:
+        problem = r"^(the question is empty$|(the question|the system|messages) must be )"
+        with pytest.raises(ValueError, match=problem):
+            conversation(*asked)
 
 
 def test_is_blank() -> None:
@@ -170,6 +153,7 @@ STREAMS = {
     "CR LF": HELLO.replace(b"\n", b"\r\n"),
     "CR alone": HELLO.replace(b"\n", b"\r"),
     "CR at the very end": CR,
+    "a field without a colon": b"data\n\n" + HELLO,
     "no space after data:": HELLO.replace(b"data: ", b"data:"),
     "several data lines": SPLIT,
     "byte order mark": b"\xef\xbb\xbf" + HELLO,
@@ -222,6 +206,8 @@ def test_any_cutting_of_the_bytes_gives_the_same_text(name: str, at: Any, live: 
 
 @quickly
 @given(st.text("<think>/ a", max_size=30), st.lists(st.integers(1, 30)))
+@example(" <thi", [3])
+@example("<think>a</think", [])
 def test_thinking_is_left_out_however_it_is_cut(text: str, at: list[int]) -> None:
     """What begins with <think> is no answer, up to </think>."""
     places = sorted({0, *at, len(text)})
@@ -355,6 +341,7 @@ JSON = st.recursive(
 BYTES = st.one_of(
     st.binary(max_size=60),
     JSON.map(lambda value: json.dumps(value).encode()),
+    JSON.map(lambda raw: event(error={"message": WORDS[0], "metadata": {"raw": raw}})[6:]),
     st.lists(JSON.map(lambda value: event(choices=value) if value else DONE)).map(b"".join),
     st.lists(JSON.map(lambda value: b"data: %s\n\n" % json.dumps(value).encode())).map(b"".join),
 )
@@ -440,15 +427,3 @@ def test_chat_models() -> None:
     nothings: list[Any] = [None, "", [], {}, {"data": None}, {"data": []}, {"data": [{"id": "?"}]}]
     for nothing in nothings:
         assert chat_models(nothing, free_only=False) == []
-
-
-def test_the_rows_defaults_fit_their_models() -> None:
-    """Who thinks at length by default is told to think little."""
-    efforts = {
-        model: json.loads(request_body({}, Turn(row, model, "")).decode()).get("reasoning_effort")
-        for row in PROVIDERS
-        for model in row.models
-    }
-    assert {effort for model, effort in efforts.items() if "gpt-oss" in model} == {"low"}
-    assert efforts["qwen-3.8-27b"] == "none"
-    assert efforts["openrouter/free"] is None
