@@ -954,7 +954,7 @@ class Limits:
 
     def finish(self, grace: float) -> None:
         """All that matters has come; the rest has so many seconds."""
-        until = self._clock() + grace
+        until = self._clock() + min(grace, self._silence)
         self._until = min(self._until, until) if self.finished else until
         self.finished = True
 

@@ -45,7 +45,7 @@ class Reply:
     body: Any = b""  # JSON, text, bytes; a tuple: pieces, seconds that pass, errors that are raised
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     takes: float = 0.0  # seconds before the headers
-    error: Exception | None = None  # raised instead of a reply
+    error: BaseException | None = None  # raised instead of a reply
     meanwhile: Callable[[], object] | None = None  # called while the request is under way
 
 
@@ -126,6 +126,7 @@ class FakeServer(HTTPAdapter):
         super().__init__()
         self.clock, self.asked = clock, []  # type: FakeClock, list[Asked]
         self.bodies: list[Body] = []
+        self.settings: Mapping[str, Any] = {}  # of the latest request: verify, proxies ...
         self._script = {model: list(replies) for model, replies in script.items()}
         self._lock = threading.Lock()
 
@@ -140,7 +141,7 @@ class FakeServer(HTTPAdapter):
         reply = planned if isinstance(planned, Reply) else planned(asked)
         if reply.meanwhile is not None:
             reply.meanwhile()
-        timeout = settings.get("timeout")
+        self.settings, timeout = settings, settings.get("timeout")
         longest = timeout[1] if isinstance(timeout, tuple) else timeout
         self.clock.now += reply.takes if longest is None else min(reply.takes, longest)
         if longest is not None and reply.takes > longest:

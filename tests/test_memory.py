@@ -61,8 +61,8 @@ MEMORIES = [
         "ab ab a ab b a",
         id="a success, which clears it",
     ),
-    pytest.param([DENIED, says("A")], [0, 599, 2], "ac c a", id="a refused key, for ten minutes"),
-    pytest.param([GONE, says("A")], [0, 599, 2], "ab b a", id="a gone model, for ten minutes"),
+    pytest.param([DENIED, says("A")], [0, 599.5, 1], "ac c a", id="a refused key, for ten minutes"),
+    pytest.param([GONE, says("A")], [0, 599.5, 1], "ab b a", id="a gone model, for ten minutes"),
     pytest.param([UNSUITABLE, says("A")], [0, 0], "ab a", id="nothing of who is unsuitable"),
     pytest.param([BLOCKED, says("A")], [0, 0], "a a", id="nothing of a refusal"),
     pytest.param([limited(90), says("A")], [0, 0, 89, 2], "ab b b a", id="a pause to its end"),
@@ -141,7 +141,18 @@ def test_closing_a_stream_is_not_counted_against_a_provider() -> None:
     pieces.close()
     assert world.server.bodies[0].closed
     assert world.llm.provider_health["one"].consecutive_failures == 0
-    assert world.llm.get_stats()["total_requests"] == 1
+    stats = world.llm.get_stats()
+    assert stats["successful_requests"] + stats["failed_requests"] == stats["total_requests"] == 1
+
+
+def test_ctrl_c_is_not_counted_against_a_provider() -> None:
+    """It comes through at once, and the next question begins as if nothing had been."""
+    world = World({"a": [Reply(error=KeyboardInterrupt()), says("A")]}, providers=ALONE)
+    with pytest.raises(KeyboardInterrupt):
+        world.llm.ask("Where?")
+    assert world.llm.provider_health["one"] == ProviderHealth()
+    assert world.llm.ask("Where?") == "A"
+    assert world.slept == []
 
 
 # --- The lease: one probes, the others go elsewhere ---------------------------------------------

@@ -49,6 +49,7 @@ def routed(message: str, code: int, **metadata: Any) -> Any:
 
 
 RAW = '{"error":{"message":"bad schema","code":"context_length_exceeded"}}'
+LOST = '{"error":{"message":"Never heard of it","code":"model_not_found"}}'
 FULL = nested("Full", http_status=429, availability={"code": "capacity_exhausted"})
 MINUTE = routed("Over", 429, limit_source="openrouter_free_tier_per_minute")
 DAY = routed("Over: free-models-per-day", 429, limit_source="openrouter_free_tier_daily")
@@ -68,6 +69,7 @@ VERDICTS: dict[str, list[tuple[str, int, Any]]] = {
         ("a request too large, sent as 429", 429, LARGE),
         ("a bare 404", 404, flat("No such path")),
         ("a code that decides nothing", 400, nested("Hm", "rate_limit_exceeded", type="requests")),
+        ("a policy on data", 404, nested("No", availability={"code": "privacy_restricted"})),
         ("a teapot", 418, ""),
         ("a JSON list", 400, [nested("Not so")]),
         ("null", 400, None),
@@ -79,11 +81,13 @@ VERDICTS: dict[str, list[tuple[str, int, Any]]] = {
         ("a model that is not found, nested", 404, nested("Unknown", "model_not_found")),
         ("a model ID that is not valid", 400, routed("m/x:free is not a valid model ID", 400)),
         ("a model without endpoints", 404, nested("No endpoints found for m/x.", 404)),
+        ("a model that is gone upstream", 404, routed("Provider returned error", 404, raw=LOST)),
     ],
     f"DENIED {PROVIDER}": [
         ("a wrong key, flat", 401, flat("Who are you?", "wrong_api_key")),
         ("a wrong key, nested", 401, nested("Who are you?", "invalid_api_key")),
         ("a wrong key, no code", 401, nested("No such user", 401)),
+        ("no money, no code", 402, nested("Pay first", 402)),
         ("no money, flat", 402, flat("Pay first", "payment_required")),
         ("no credits", 402, routed("Pay first", 402, limit_source="openrouter_credits")),
         ("a key at its end", 403, nested("Key limit exceeded (total limit)", 403)),
@@ -207,8 +211,9 @@ HINTS = [
     hinting("reset in seconds in the body", 50, body=routed("Over", 429, headers=reset(50))),
     hinting("text before reset", 9, reset(50), nested("try again in 9s")),
     hinting("a fault may hint too", 7, {"retry-after": "7"}, status=503),
-    hinting("31 days", 31 * 86400, {"retry-after": str(31 * 86400)}),
-    hinting("33 days are junk", NONE, {"retry-after": str(33 * 86400)}),
+    hinting("32 days", 32 * 86400, {"retry-after": str(32 * 86400)}),
+    hinting("more is junk", NONE, {"retry-after": str(32 * 86400 + 1)}),
+    hinting("zero is a hint", NONE, {"retry-after": "0"}, nested("Please try again in 9s")),
     *[hinting(f"junk: {junk!r}", NONE, {"retry-after": junk}) for junk in JUNK],
     hinting("a reset that is past", NONE, reset(-9, 1000)),
     hinting("the next valid one", 9, {"retry-after": "nan"}, nested("Please try again in 9s")),
@@ -407,6 +412,7 @@ def test_a_stream_that_breaks(rest: Any) -> None:
     error = caught.value
     assert (shown, error.partial) == (["Once", " upon"], "Once upon")
     assert (error.provider, error.model, len(error.attempts), world.asked) == ("one", "a", 1, "a")
+    assert world.llm.get_stats()["failed_requests"] == 1
     world = World({"a": [Reply(body=(event(""), *rest))]})
     assert ("".join(world.llm.stream("Where?")), world.asked) == ("B", "ab")
 

@@ -9,6 +9,7 @@ import os
 import pickle
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -17,7 +18,6 @@ from hypothesis import given
 from hypothesis import settings as rules
 from hypothesis import strategies as some
 
-import fallback_llm
 from fallback_llm import (
     PROVIDERS,
     AllProvidersFailed,
@@ -112,6 +112,7 @@ def walk(text: str, asked: str, slept: Any = (), ends: Any = None, **more: Any) 
         walk("eager moves on at a 429", "ab", a=[limited(7)], eager=True),
         walk("eager waits at last", "abcda", [7], "X", eager=True, **every(limited(7), says("X"))),
         # Limits.
+        walk("a wait of max_delay", "abcda", [60], "X", **every(limited(60), says("X"))),
         walk("no wait is longer than max_delay", "abcd", [], FAILED, **every(limited(61))),
         walk("no wait passes the time limit", "ab", a=[limited(7)], timeout=5.0),
         walk("no wait is possible in time", "abcd", [], FAILED, timeout=1.5, **every(FAULT)),
@@ -263,22 +264,26 @@ def test_statistics() -> None:
 @pytest.mark.parametrize(
     ("arguments", "asked"),
     [
-        pytest.param({"provider": "two"}, "cd", id="one provider"),
-        pytest.param({"provider": " Two"}, "cd", id="a name is a name in any case"),
-        pytest.param({"provider": "two,one"}, "cdab", id="two, in this order"),
-        pytest.param({"provider": ["two", "one"]}, "cdab", id="as a list"),
-        pytest.param({"model": "d"}, "d", id="a model is asked of the provider that lists it"),
-        pytest.param({"model": "x"}, "xx", id="a model that nobody lists is asked of all"),
-        pytest.param({"model": "x", "provider": "one"}, "x", id="or of the chosen"),
-        pytest.param({"model": "two:x"}, "x", id="a provider's name may stand before the model"),
-        pytest.param({"model": "x:1"}, "x:1x:1", id="no other word before a colon is a name"),
+        pytest.param({"provider": "two"}, "two:c two:d", id="one provider"),
+        pytest.param({"provider": " Two"}, "two:c two:d", id="in any case"),
+        pytest.param({"provider": "two,one"}, "two:c two:d one:a one:b", id="two, in this order"),
+        pytest.param({"provider": ["two", "one"]}, "two:c two:d one:a one:b", id="as a list"),
+        pytest.param({"model": "d"}, "two:d", id="a model, of the provider that lists it"),
+        pytest.param({"model": "x"}, "one:x two:x", id="a model that nobody lists, of all"),
+        pytest.param({"model": "x", "provider": "one"}, "one:x", id="or of the chosen"),
+        pytest.param({"model": "two:x"}, "two:x", id="a provider's name before the model"),
+        pytest.param({"model": "two:x", "provider": "one,two"}, "two:x", id="one of the chosen"),
+        pytest.param({"model": "x:1"}, "one:x:1 two:x:1", id="another word is part of the model"),
     ],
 )
 def test_who_is_asked(arguments: Any, asked: str) -> None:
     world = World({**every(UNSUITABLE), "x": [UNSUITABLE], "x:1": [UNSUITABLE]})
-    with pytest.raises(AllProvidersFailed):
+    with pytest.raises(AllProvidersFailed) as caught:
         world.llm.complete("Where?", **arguments)
-    assert world.asked == asked
+    assert " ".join(f"{a.provider}:{a.model}" for a in caught.value.attempts) == asked
+    assert [urlsplit(request.url).hostname for request in world.server.asked] == [
+        attempt.provider for attempt in caught.value.attempts
+    ]
 
 
 def test_order_and_lists_are_read_at_each_question() -> None:
@@ -312,13 +317,13 @@ def test_keys_are_read_at_each_question(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_keys_and_lists_of_a_dotenv(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """.env gives keys and models where the environment has none, and nothing else."""
-    lines = "ONE_KEY=k-1\nTWO_KEY=k-2\nTWO_MODELS=x, y\nTWO_BASE_URL=https://evil/v1\n"
+    lines = "ONE_KEY=k-1\nTWO_KEY=k-${ONE_KEY}\nTWO_MODELS=x, y\nTWO_BASE_URL=https://evil/v1\n"
     (bare / ".env").write_text(lines)
     monkeypatch.setenv("ONE_KEY", "k-3")
     monkeypatch.setenv("TWO_KEY", "")
     rows = [dataclasses.replace(row, key_env=f"{row.name.upper()}_KEY") for row in ROWS]
     world = World(providers=rows)
-    assert world.llm.api_keys == {"one": "k-3", "two": "k-2"}
+    assert world.llm.api_keys == {"one": "k-3", "two": "k-${ONE_KEY}"}
     assert world.llm.models == {"one": ["a", "b"], "two": ["x", "y"]}
     assert world.llm.ask("Where?", provider="two") == "X"
     assert world.server.asked[0].url == "https://two/v1/chat/completions"
@@ -341,7 +346,8 @@ def test_what_is_sent() -> None:
     assert world.server.asked[0].body == {**expected, "stream": True, **more}
     world.llm.complete(messages=said[:1])
     assert world.server.asked[1].body["messages"] == said[:1]
-    assert world.server.asked[1].body["max_tokens"] == 500
+    assert [world.llm.ask("Where?"), *world.llm.stream("Where?")] == ["A", "A"]
+    assert [asked.body["max_tokens"] for asked in world.server.asked] == [99, 500, 500, 500]
 
 
 def test_defaults_of_rows() -> None:
@@ -370,9 +376,18 @@ def test_a_retry_config_that_makes_no_sense_is_not_born(name: str, value: Any) -
         RetryConfig(**{name: value})
 
 
+def test_limits_are_allowed() -> None:
+    """The least and the most that can be meant."""
+    world = World(max_attempts=1, base_delay=0.0, max_delay=0.0, exponential_base=1.0)
+    RetryConfig(base_delay=60.0)
+    for more in ({"max_tokens": 1}, {"temperature": 2}, {"temperature": 0}, {"timeout": 0.001}):
+        assert world.llm.ask("Where?", **more) == "A"
+
+
 NAN, NOBODY = math.nan, {"provider": "nobody"}
 MISTAKES: list[Any] = [{"question": text} for text in (None, "", " \n\t", "\u200b", 7)]
 MISTAKES += [NOBODY, {"provider": ["one", "nobody"]}, {"provider": ""}, {"model": ""}, {"model": 7}]
+MISTAKES += [{"model": "two:x", "provider": "one"}]
 MISTAKES += [{"max_tokens": number} for number in (0, -1, 1.5, NAN, "9", None)]
 MISTAKES += [{"temperature": number} for number in (-1, 9, NAN, "hot")]
 MISTAKES += [{"timeout": number} for number in (0, -1, NAN, "1")]
@@ -467,11 +482,6 @@ def test_the_documented_defaults() -> None:
     assert {row.name: row.silence for row in PROVIDERS} == silences
     assert list(FallbackLLM().fallback_order) == list(silences)
     assert row("own").silence == 60
-
-
-def test_what_is_public_is_there() -> None:
-    assert {"FallbackLLM", "RetryConfig", "Provider", "PROVIDERS"} <= set(fallback_llm.__all__)
-    assert all(hasattr(fallback_llm, name) for name in fallback_llm.__all__)
 
 
 def test_without_a_key_only_the_question_fails(bare: Path) -> None:
