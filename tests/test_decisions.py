@@ -208,7 +208,7 @@ CASES = {
     "inside: words of a limit": (200, nested("x", "Rate-limit reached"), LIMITED),
     "inside: other words of it": (200, nested("x", "too many requests"), LIMITED),
     "inside: the code's words of it": (200, nested("rate_limit"), LIMITED),
-    "a moderation that is down": (503, nested(503, "Nothing is flagged now"), FAULT),
+    "a moderation that is down": (500, nested(500, "Nothing is flagged now"), FAULT),
     "inside: nothing known": (200, nested("x", "Generation broke off"), FAULT),
     "inside: just a word": (200, {"error": "boom"}, FAULT),
     "from 300 its own status wins": (300, nested(429, "m"), DOWN),
@@ -243,7 +243,7 @@ REASONS = {
     "words that are data": (400, nested(1, {"a": 1}), '400 Client Error: Bad Request: {"a": 1}'),
     "inside, with a status": (200, nested(502, "Off."), "error 502 inside the reply: Off."),
     "inside, the last": (200, nested(599, "Off."), "error 599 inside the reply: Off."),
-    "inside, without": (200, nested("x", "Off."), "error: Off."),
+    "inside, without": (200, nested(600, "Off."), "error: Off."),
     "a supplier's words": (0, routed('{"message": "a"}'), "error: Provider returned error: a"),
 }
 # fmt: on
@@ -285,7 +285,7 @@ HINTS: dict[str, tuple[dict[str, str], Any, float | None]] = {
     "junk": ({"retry_after": "soon"}, AGAIN, 7),
     "all junk": ({"retry_after": "soon", "retry_after_ms": "", "x_ratelimit_reset": "x"}, "", None),
     "huge": ({"retry_after": "9" * 400}, meta(retry_after_seconds=10**400), None),
-    "true": ({}, meta(retry_after_seconds=True), None),
+    "odd types": ({}, meta(retry_after_seconds=True, headers={"Retry-After": [7]}), None),
     "32 days": ({"retry_after": str(MAX_HINT)}, "", MAX_HINT),
     "over 32 days": ({"retry_after": str(MAX_HINT + 1)}, AGAIN, 7),
     "a date": ({"retry_after": AT.format("44")}, "", 44),
