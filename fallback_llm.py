@@ -1256,7 +1256,7 @@ class FallbackLLM:
         (seconds), temperature, and any other parameter of the chat completions API.
         ValueError and NoProviderError (nothing was sent), AllProvidersFailed, AnswerRefused.
         """
-        walk = self._walk(self.question(question, max_tokens, provider, **more), live=False)
+        walk = self._walk(self.checked_question(question, max_tokens, provider, **more), live=False)
         try:
             while True:
                 next(walk)
@@ -1272,7 +1272,7 @@ class FallbackLLM:
         Before the first piece it falls over as `ask` does; a break after it is StreamInterrupted.
         Closing the iterator closes the connection.
         """
-        return self._walk(self.question(question, max_tokens, provider, **more), live=True)
+        return self._walk(self.checked_question(question, max_tokens, provider, **more), live=True)
 
     def ask_many(
         self, questions: Iterable[Any], max_workers: int = 8, **more: Any
@@ -1497,7 +1497,7 @@ class FallbackLLM:
 
     # What the caller asks for
 
-    def question(
+    def checked_question(
         self, question: Any = None, max_tokens: Any = 500, provider: Any = None, **fields: Any
     ) -> Question:
         """The question, checked. ValueError for what cannot be meant; NoProviderError."""
@@ -1798,7 +1798,7 @@ def run(args: Any) -> int:
             if "character" in llm.key_problem(row) or (args.verbose and llm.key_problem(row)):
                 say(f"⚠️  {row.key_env} {llm.key_problem(row)}")
         if args.check or args.list_models:
-            return (check if args.check else list_models)(llm, args)
+            return (print_check if args.check else print_models)(llm, args)
         names = ("provider", "model", "system", "temperature", "max_tokens")
         common = {name: given[name] for name in names if name in given}
         try:
@@ -1824,7 +1824,7 @@ def respond(llm: FallbackLLM, args: Any, common: Json) -> int:
             show(iter([] if args.json else [result.text]), args)
     except FallbackLLMError as error:
         result = error
-    put(to_json(record(result, time.monotonic() - started)) if args.json else "")
+    put(to_json(json_of(result, time.monotonic() - started)) if args.json else "")
     if isinstance(result, FallbackLLMError):
         explain(llm, args, result)
     elif not args.quiet:
@@ -1863,7 +1863,7 @@ def show_stats(llm: FallbackLLM) -> None:
     say("\n📊 Usage Statistics:" + counts)
 
 
-def record(result: Any, elapsed: float) -> Json:
+def json_of(result: Any, elapsed: float) -> Json:
     """An Answer, or an error in its place, as JSON."""
     failed = isinstance(result, FallbackLLMError)
     trail = [dataclasses.asdict(attempt) for attempt in result.attempts]
@@ -1915,7 +1915,7 @@ def explain(llm: FallbackLLM, args: Any, error: FallbackLLMError) -> None:
     return say("❌ All providers and models failed")
 
 
-def check(llm: FallbackLLM, args: Any) -> int:
+def print_check(llm: FallbackLLM, args: Any) -> int:
     """Prints which keys are accepted and which models are served. 0 if somebody can answer."""
     reports = [llm.check(row) for row in llm.rows(args.provider)]
     for report in reports if not args.json else ():
@@ -1927,7 +1927,7 @@ def check(llm: FallbackLLM, args: Any) -> int:
     return int(not any(report["served"] for report in reports))
 
 
-def list_models(llm: FallbackLLM, args: Any) -> int:
+def print_models(llm: FallbackLLM, args: Any) -> int:
     """Prints the models that each provider serves, or where it cannot be asked, the listed."""
     pairs = []
     for row in llm.rows(args.provider):
@@ -2076,7 +2076,7 @@ class Batch:
                     raise ValueError(f"id must be a text or number of its own, not {name!r:.60}")
                 seen.add(name)
                 fields = {**self.common, **fields}
-                self.llm.question(**fields)
+                self.llm.checked_question(**fields)
                 if self.before.get(name, hash_of(fields)) != hash_of(fields):
                     raise ValueError(f"the output answers another question under id {name!r}")
             except (ValueError, TypeError, RecursionError) as error:
@@ -2107,7 +2107,7 @@ class Batch:
     def one(self, name: Any, fields: Json) -> None:
         """Asks a question and writes its line."""
         started = time.monotonic()
-        found = record(self.llm.result(fields), time.monotonic() - started)
+        found = json_of(self.llm.result(fields), time.monotonic() - started)
         with self.lock:
             said = {"messages": fields["messages"]} if "messages" in fields else {}
             said["question"] = fields.get("question")
