@@ -645,7 +645,10 @@ def request_body(fields: Json, turn: Turn) -> bytes:
         text = json.dumps({**body, **fields}, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the question cannot be sent as JSON: {error}") from None
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def conversation(question: Any, system: Any, messages: Any) -> list[Json]:
@@ -1382,7 +1385,8 @@ class FallbackLLM:
     ) -> Attempt:
         """The attempt as it stands in the trail. Remembers it, and tells how it ended."""
         now, epoch = self._clock(), self._wall_clock()
-        reading.finish_reason = one_line(reading.finish_reason, self.api_keys.values())
+        if reading.finish_reason not in ("stop", "length", ""):
+            reading.finish_reason = one_line(reading.finish_reason, self.api_keys.values())
         if failure is not None:
             failure.reason = one_line(failure.reason, self.api_keys.values())
         with self._lock:
@@ -1503,7 +1507,7 @@ class FallbackLLM:
         """The question, checked. ValueError for what cannot be meant; NoProviderError."""
         for name in {"tools", "stream", "n"}.intersection(fields):
             raise ValueError(f"{name} is not supported")
-        model, timeout = fields.pop("model", None), fields.pop("timeout", None)
+        model, timeout, more = fields.pop("model", None), fields.pop("timeout", None), bool(fields)
         said = conversation(question, fields.pop("system", None), fields.pop("messages", None))
         fields = {name: value for name, value in fields.items() if value is not None}
         if "max_completion_tokens" not in fields:
@@ -1513,7 +1517,8 @@ class FallbackLLM:
         timeout = self.timeout if timeout is None else checked("timeout", timeout)
         line = self._line(provider, model)
         fields.update(messages=said, stream=True)
-        request_body(fields, line[0])  # ValueError for what JSON cannot carry
+        if more:
+            request_body(fields, line[0])  # ValueError for what JSON cannot carry
         return Question(fields, line, math.inf if timeout is None else timeout, model is not None)
 
     def _line(self, provider: Any, model: Any) -> list[Turn]:
