@@ -386,7 +386,12 @@ CODES = (
     (Verdict.GONE, False, r"no_endpoints|model_unavailable_upstream|free_variant_ended"),
     (Verdict.DENIED, True, r"(invalid|wrong)_api_key|payment_required(_error)?|insufficient_quota"),
     (Verdict.DENIED, True, r"organization_\w+|authentication(_error)?|permission_denied"),
-    (Verdict.DENIED, True, r"openrouter_(credits|key_limit)|region_restricted|account_\w+"),
+    (
+        Verdict.DENIED,
+        True,
+        r"openrouter_(credits|key_limit)|region_restricted|unsupported_country\w*",
+    ),
+    (Verdict.DENIED, True, r"account_(closed|suspended|deactivated|disabled|restricted|inactive)"),
     (Verdict.REFUSED, False, r"content_(policy_violation|filter)|refusal|\w*moderation\w*"),
     (Verdict.RATE_LIMITED, True, r"\w*in_flight_budget\w*|openrouter_free_tier\w*"),
     (Verdict.RATE_LIMITED, False, r"(token|request)_quota_exceeded|capacity_exhausted"),
@@ -399,11 +404,8 @@ CODES = (
 # WORDS are searched in the message: narrow ones, and what is permanent before what passes.
 WORDS = (
     (Verdict.UNSUITABLE, False, r"request too large|\bdata policy\b|reduce the length of"),
-    (
-        Verdict.UNSUITABLE,
-        False,
-        r"(maximum|exceeds?) .{0,40}context|context (length|window).*excee",
-    ),
+    (Verdict.UNSUITABLE, False, r"(maximum|exceeds?) .{0,40}context"),
+    (Verdict.UNSUITABLE, False, r"context (length|window).{0,80}exceed"),
     (Verdict.RATE_LIMITED, True, r"\bfree-models-per-"),
     (Verdict.FAULT, True, r"check your network settings"),
     (Verdict.DENIED, True, r"insufficient (quota|credit|balance|fund)|exceeded your current quota"),
