@@ -1315,7 +1315,7 @@ class FallbackLLM:
 
     def _walk(self, question: Question, live: bool) -> Generator[str, None, Answer]:
         """Asks whoever is next until one answers; text comes out as it comes in, if live."""
-        started, answered = self._clock(), False
+        started, answered, slept = self._clock(), False, 0.0
         deadline = started + question.timeout
         line, last, trail = question.line, None, []  # type: list[Turn], Turn | None, list[Attempt]
         try:
@@ -1324,11 +1324,13 @@ class FallbackLLM:
                 if turn is None:
                     raise self._all_failed(question.line, trail)
                 tell_next(last, turn, wait)
-                if wait:
-                    self._sleep(wait)
+                slept += wait
+                if wait and self._is_held_after(wait, turn):
+                    continue
                 begun = self._clock()
                 reading, failure = yield from self._attempt(turn, question, deadline, live)
-                trail.append(self._recorded(turn, reading, failure, wait, begun))
+                trail.append(self._recorded(turn, reading, failure, slept, begun))
+                slept = 0.0
                 if failure is None:
                     answered, elapsed = True, self._clock() - started
                     return answer_of(turn, reading, trail, elapsed)
@@ -1354,6 +1356,13 @@ class FallbackLLM:
                 return line, None, 0.0
             self._memory.lease(turn, now + wait + turn.row.silence + CONNECT_TIMEOUT)
             return line, turn, wait
+
+    def _is_held_after(self, wait: float, turn: Turn) -> bool:
+        """Sleeps. Whether another thread was meanwhile told to leave this candidate alone."""
+        self._sleep(wait)
+        with self._lock:
+            pause = self._memory.pause([turn], self._clock())
+        return pause is not None and pause > 0.01  # less is the clock's rounding
 
     def _attempt(
         self, turn: Turn, question: Question, deadline: float, live: bool

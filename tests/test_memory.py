@@ -238,3 +238,18 @@ def test_health_is_a_copy() -> None:
     llm.provider_health["one"].consecutive_failures = 7
     assert llm.provider_health["one"] == ProviderHealth()
     assert FallbackLLM().provider_health.keys() == {"cerebras", "groq", "openrouter"}
+
+
+def test_who_sleeps_learns_what_others_were_told() -> None:
+    """While one question waits two seconds for a, another one is told to leave it for ninety."""
+    others = ["And there?"]
+
+    def sleep_while_another_asks(seconds: float) -> None:
+        if others:
+            with contextlib.suppress(FallbackLLMError):
+                world.llm.complete(others.pop(), model="one:a")
+        world.clock.sleep(seconds)
+
+    world = World({"a": [limited(), limited(90), says("A")]}, sleep=sleep_while_another_asks)
+    assert world.llm.complete("Where?").model == "b"
+    assert world.asked == "aab"

@@ -23,13 +23,15 @@ NAMES = (
 
 
 def test_all_names_the_public_api() -> None:
-    """Sorted, and all of it is there; the errors are of one tree."""
+    """Sorted, and all of it is there; errors are of one tree, results cannot be changed."""
     assert fallback_llm.__all__ == NAMES.split()
     found: dict[str, Any] = {}
     exec("from fallback_llm import *", found)  # noqa: S102 - the statement under test
     assert set(found) - {"__builtins__"} == set(fallback_llm.__all__)
     errors = [found[n] for n in found if n.endswith(("Error", "Failed", "Refused", "Interrupted"))]
     assert [issubclass(error, FallbackLLMError) for error in errors] == [True] * 5
+    for result in (found["Answer"], found["Attempt"], found["Provider"]):
+        assert result.__dataclass_params__.frozen
 
 
 def test_the_import_costs_little_and_says_nothing() -> None:

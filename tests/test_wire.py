@@ -233,7 +233,8 @@ def test_texts_come_as_they_are_said() -> None:
 
 def test_usage() -> None:
     """The last one said, its numbers only."""
-    spent: dict[str, Any] = {"usage": {"a": 1, "b": {"c": 2.5, "d": "x"}, "e": [1], "f": None}}
+    junk = {"d": "x", "e": [1], "f": None, "g": math.inf, "h": math.nan, "a key": 1}
+    spent: dict[str, Any] = {"usage": {"a": 1, "b": {"c": 2.5, **junk}, **junk}}
     for data in (
         HELLO[: -len(DONE)] + event(choices=[], **spent) + DONE,
         event(says("Hello", finish_reason="stop"), **spent) + event({}, usage=None),
