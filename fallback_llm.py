@@ -400,7 +400,9 @@ CODES = (
     (Verdict.UNSUITABLE, False, r"context_length_exceeded|(max_tokens|token_limit)_exceeded"),
     (Verdict.UNSUITABLE, False, r"string_too_long|(payload|request)_too_large|wrong_\w+"),
     (Verdict.UNSUITABLE, False, r"privacy_restricted|constraint_filtered|unsupported_\w+"),
+    (Verdict.UNSUITABLE, False, r"invalid_request|invalid_prompt|unprocessable"),
 )
+OF_A_MODEL = r"^(?!.*\b(parameter|tools?|property|field)\b).*\bmodels?\b.{0,120}\b"
 # WORDS are searched in the message: narrow ones, and what is permanent before what passes.
 WORDS = (
     (Verdict.UNSUITABLE, False, r"request too large|\bdata policy\b|reduce the length of"),
@@ -409,11 +411,25 @@ WORDS = (
     (Verdict.RATE_LIMITED, True, r"\bfree-models-per-"),
     (Verdict.FAULT, True, r"check your network settings"),
     (Verdict.DENIED, True, r"insufficient (quota|credit|balance|fund)|exceeded your current quota"),
-    (Verdict.DENIED, True, r"\boverdue\b|\bkey limit exceeded"),
+    (Verdict.DENIED, True, r"\boverdue\b|\bkey limit exceeded|credit balance is too low"),
+    (
+        Verdict.DENIED,
+        True,
+        r"(organization|account) (has been |is )?(restricted|suspended|flagged)",
+    ),
     (Verdict.GONE, False, r"is not a valid model id|no endpoints found for"),
-    (Verdict.GONE, False, r"\bmodels?\b.{0,120}\b(does not exist|not found|no longer|retired)"),
-    (Verdict.GONE, False, r"\bmodels?\b.{0,120}\b(archived|decommissioned|deprecated)\b"),
-    (Verdict.REFUSED, False, r"content (management|safety) policy|request blocked: |\bflagged\b"),
+    (Verdict.GONE, False, OF_A_MODEL + r"(does not exist|not (be )?found|no longer|retired)"),
+    (Verdict.GONE, False, OF_A_MODEL + r"(archived|decommissioned|deprecated|discontinued)\b"),
+    (
+        Verdict.REFUSED,
+        False,
+        r"content (\w+ )?polic(y|ies)|safety (system|filter)|request blocked: ",
+    ),
+    (
+        Verdict.REFUSED,
+        False,
+        r"(input|prompt|content|message|text) (was|is|were|has been) flagged|flagged (by|for)",
+    ),
 )
 DENIED = (401, 402, 403)
 PASSING = (408, 409, 424, 425, 498, 499)  # and 5xx
@@ -429,7 +445,7 @@ def judge(status: int, headers: Mapping[str, str], body: Any, now: float) -> Fai
     """
     error = Evidence(body)
     code = status if status >= 300 else error.status
-    verdict, wide = error.ruling(code) or by_status(code, error.said)
+    verdict, wide = error.ruling(code) or by_status(code, " ".join([error.said, *error.codes]))
     if error.upstream is not None:  # a router's supplier: its word counts for the model alone
         passed_on = (error.upstream.ruling(code) or (verdict,))[0]
         if passed_on in (Verdict.UNSUITABLE, Verdict.GONE, Verdict.REFUSED):
@@ -440,7 +456,8 @@ def judge(status: int, headers: Mapping[str, str], body: Any, now: float) -> Fai
     resets = verdict is Verdict.RATE_LIMITED  # a quota's reset says nothing about other failures
     hints = hints_in(headers, error, now, resets)
     hint = next((h for h in hints if 0 <= h <= MAX_HINT), None) if verdict.again else None
-    if hint is None and verdict is Verdict.RATE_LIMITED and re.search(LONG, error.message):
+    text = " ".join([error.said, *error.codes])
+    if hint is None and resets and re.search(LONG, text) and not re.search(r"(?i)per.min", text):
         hint = 3600.0
     return Failure(verdict, told(status, code, error), wide, hint)
 
@@ -472,6 +489,8 @@ class Evidence:
         whole = dig(body, 0) if isinstance(body, list) else body
         error = dig(whole, "error") or dig(whole, "errors", 0) or whole
         error = dig(error, 0) if isinstance(error, list) else error
+        if isinstance(error, str) and isinstance(dig(whole, "message"), str):
+            error = {"code": error, "message": dig(whole, "message")}
         message = error if isinstance(error, str) else dig(error, "message") or dig(error, "detail")
         self.message = message_of(message)
         self.metadata, self.availability = dig(error, "metadata"), dig(error, "availability")
@@ -485,7 +504,7 @@ class Evidence:
         statuses = [number(value) for value in [*inner, dig(error, "http_status")]]
         self.status = next((int(status) for status in statuses if 400 <= status <= 599), None)
         self.upstream: Evidence | None = None
-        if self.message == "Provider returned error":
+        if self.message.startswith("Provider returned error"):
             raw = dig(self.metadata, "raw")
             self.upstream = Evidence(parsed(raw) if isinstance(raw, str) else raw)
 
@@ -558,6 +577,7 @@ def hints_in(
     yield number(error.retry_after)
     yield retry_after(echo.get("retry-after"), date, now)
     yield duration(error.message)
+    yield duration(error.upstream.message if error.upstream else "")
     for place in (echo, headers) if resets else ():
         instant = number(place.get("x-ratelimit-reset"))
         yield (instant / 1000 if instant > 1e11 else instant) - now
@@ -577,12 +597,15 @@ def retry_after(value: Any, date: str | None, now: float) -> float:
 
 
 UNITS = {"ms": 0.001, "milli": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-PART = r"(\d+(?:\.\d+)?) ?(ms|milli|[smhd]|(?![a-z]))[a-z]*"
+PART = (
+    r"(\d+(?:\.\d+)?)(?: ?(ms|milli|[shd]|m(?!o))[a-z]*"
+    r"|(?![\w:-]|[.,]\d| (?:week|month|year)))"  # a bare number, of seconds
+)
 
 
 def duration(message: str) -> float:
     """Seconds in "try again in 1m26.4s", "in 850ms", "retry after 40 seconds"."""
-    before = r"(?i)\b(?:(?:again|retry) (?:in|after)|wait(?: for)?) (?:about )?"
+    before = r"(?i)\b(?:(?:again|retry|resets?) (?:in|after)|wait(?: for)?) (?:about )?"
     said = re.search(before + rf"((?:{PART},? ?(?:and )?)+)", message)
     parts = re.findall("(?i)" + PART, said.group(1)) if said else []
     return sum(float(count) * UNITS[unit.lower()] for count, unit in parts) if parts else math.nan
@@ -719,7 +742,9 @@ class Reading:
         """The same for what is complete now that no more bytes will come."""
         if not self._is_plain:
             lines, self._rest = bytes(self._rest).splitlines(), bytearray()
+            broken, is_whole = self._broken, bool(self.finish_reason)
             yield from self._events([*lines, b""])
+            self._broken = broken if is_whole else self._broken  # half an event after the end
         if self._is_plain:
             yield self._past_thinking(self._take(b"", bytes(self._rest)))
             self.ended = True
@@ -748,7 +773,9 @@ class Reading:
 
     def _take(self, kind: bytes, data: bytes) -> str:
         """The text in an event or a plain body; what else it says is noted."""
-        if data.strip() == b"[DONE]":
+        if kind == b"ping":
+            return ""
+        if data.strip() in (b"[DONE]", b'"[DONE]"'):
             self.ended = True
             return ""
         if self.is_refused:
@@ -760,8 +787,10 @@ class Reading:
         choice, meta = dig(said, "choices", 0), dig(said, "x_groq")
         reason = dig(choice, "finish_reason")
         error = dig(said, "error") or dig(choice, "error") or dig(meta, "error")
+        error = other_error(said) if choice is None and not error else error
         if error or kind == b"error" or reason == "error":
-            error = error or (dig(choice, "native_finish_reason") if reason == "error" else said)
+            native = dig(choice, "native_finish_reason") or "finish_reason error"
+            error = error or (native if reason == "error" else said)
             raise self.judge({"error": error, "status_code": dig(said, "status_code")})
         if not isinstance(said, dict):
             self._broken = self._broken or "no answer in the reply: " + Evidence(said).said
@@ -781,7 +810,10 @@ class Reading:
             self._opening += text
             text = self._opening.lstrip()
             if text.startswith("<think>"):
-                self._thought, text = True, text.partition("</think>")[2].lstrip()
+                inside, closed, rest = text[7:].partition("</think>")
+                self._thought, text = True, rest.lstrip()
+                if not closed:
+                    self._opening = "<think>" + inside[-7:]  # the tag may end in the next piece
             else:
                 text = "" if "<think>".startswith(text) else self._opening
             self._opening = None if text else self._opening
@@ -806,6 +838,12 @@ class Reading:
             return Failure(Verdict.UNSUITABLE, reason)
         empty = "only reasoning came, no answer" if self._thought else "the answer is empty"
         return Failure(Verdict.FAULT, empty)
+
+
+def other_error(said: Any) -> Any:
+    """An error in a reply that has neither choices nor `error`: several, in a list, flat."""
+    flat = said if isinstance(dig(said, "message"), str) else None
+    return dig(said, "errors", 0) or dig(said, 0, "error") or flat
 
 
 def text_of(content: Any) -> str:
@@ -837,7 +875,7 @@ def clean(value: str | None) -> str:
 def one_line(text: str, keys: Iterable[str | None] = (), limit: int = 300) -> str:
     """A server's text as one line that is safe to show: no control characters, keys or ids."""
     line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    for key in map(clean, keys):
+    for key in sorted(map(clean, keys), key=len, reverse=True):
         if len(key) >= 4:
             line = re.sub(re.escape(key), "[key]", line, flags=re.IGNORECASE)
     line = re.sub(SECRETS, "[key]", line)
@@ -922,8 +960,8 @@ class Memory:
 
     def pause(self, line: list[Turn], now: float) -> float | None:
         """Seconds until the first of them may be asked again, by the servers' word."""
-        ends = [mark.ready_at for turn in line for mark in self.of(turn) if mark.ready_at > now]
-        return min(ends) - now if ends else None
+        ends = [max((mark.ready_at for mark in self.of(turn)), default=now) for turn in line]
+        return min((end - now for end in ends if end > now), default=None)
 
     def health(self, provider: str, has_key: bool, now: float, epoch: float) -> ProviderHealth:
         """What is known of the provider now, by its latest failure since its last success."""

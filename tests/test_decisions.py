@@ -169,6 +169,22 @@ LIMIT = "Limit of 9 tokens per day, 8 used. Upgrade in your billing settings to 
 IN_FLIGHT = {"metadata": {"limit_source": "openrouter_in_flight_budget"}}
 # fmt: off
 CASES = {
+    "supplier: with a full stop": (
+        404,
+        nested(0, "Provider returned error.", metadata={"raw": '{"code":"model_archived"}'}),
+        GONE,
+    ),
+    "a parameter is deprecated": (
+        400, nested(None, "For this model the parameter `x` is deprecated"), UNSUITABLE
+    ),
+    "a flagged account": (403, nested(403, "Your account has been flagged"), DENIED),
+    "an error as a word beside a message": (
+        400, {"error": "insufficient_quota", "message": "No."}, DENIED
+    ),
+    "inside: a limit's code": (200, nested("rate_limit_exceeded", "Slow down."), LIMITED),
+    "inside: a limit's type": (
+        200, nested(None, "Slow down.", type="too_many_requests_error"), LIMITED
+    ),
     "billing and credits alone say nothing": (429, nested("x", LIMIT), LIMITED),
     "a code is heard before words": (400, nested("model_not_found", "Request too large"), GONE),
     "a limit's source before a code": (402, nested("account_x", "m", **IN_FLIGHT), ACCOUNT_LIMITED),
@@ -265,6 +281,9 @@ WAIT = {"availability": {"retry_after": 5}}
 AGAIN = "Please try again in 7s."
 # fmt: off
 HINTS: dict[str, tuple[dict[str, str], Any, float | None]] = {
+    "text of a supplier": ({}, routed('{"error":{"message":"try again in 6.5s"}}'), 6.5),
+    "a supplier's day": ({}, routed('{"message":"9 per day"}'), 3600),
+    "an hour of the clock is no hint": ({}, "Daily limit. Try again after 00:00 UTC", 3600),
     "retry-after-ms first": (ALL, meta(retry_after_seconds=4), 1.5),
     "2 Retry-After": ({**ALL, "retry_after_ms": "x"}, meta(retry_after_seconds=4), 2),
     "3 metadata": ({}, nested(1, AGAIN, metadata={**ECHO, "retry_after_seconds": 4}, **WAIT), 4),
@@ -325,7 +344,8 @@ DURATIONS = {
     172800: ["retry in 2 days"],
     3720: ["try again in 1h2m0s", "try again in 1h 2m", "try again in 1 hour, 2 minutes"],
     40: ["Retry after 40 seconds.", "retry after 40", "wait for 40s", "try again in about 40 s"],
-    math.nan: ["", "in 5s", "try again soon", "retry after in-flight requests"],
+    math.nan: ["", "in 5s", "try again soon", "retry after in-flight requests"]
+    + ["try again in 850us", "try again in 2 weeks", "retry in 1 month", "again after 2026-11-23"],
 }
 
 

@@ -149,6 +149,8 @@ CR = b'data: {"choices":[{"delta":{"content":"Hello"},"finish_reason":"stop"}]}\
 SPLIT = b'data:{"choices":[{"delta":\ndata: {"content":"Hello"},"finish_reason":"stop"}]}\n\n'
 NOISE = b": PROCESSING\n\n:\n\nid: 7\nretry: 9\ndata:\n\ndata: \ndata\n\nevent: ping\n\n"
 STREAMS = {
+    "[DONE] is torn": HELLO[:-6],
+    "the usage is torn": HELLO[: -len(DONE)] + b'data: {"usage":{"tot',
     "as it is": HELLO,
     "CR LF": HELLO.replace(b"\n", b"\r\n"),
     "CR alone": HELLO.replace(b"\n", b"\r"),
@@ -249,6 +251,9 @@ CUT, EMPTY, TEXT = "the answer was cut: it has no end", "the answer is empty", e
 NOTHING, THOUGHT = "the reply holds no answer", "only reasoning came, no answer"
 REFUSAL = {"delta": {"refusal": "I will not."}}
 ERRORS = {  # data, verdict, the reason's beginning
+    "flat, inside": (event(message="Slow.", code="token_quota_exceeded"), "RATE_LIMITED", ""),
+    "flat, plain": (b'{"message":"Slow.","code":"token_quota_exceeded"}', "RATE_LIMITED", ""),
+    "a list, plain": (b'[{"error":{"message":"Slow.","code":429}}]', "RATE_LIMITED", ""),
     "cut": (event(START) + TEXT, "FAULT", CUT),
     "cut in an event": (TEXT + b'data: {"choices":[{"del', "FAULT", ""),
     "nothing": (b"", "FAULT", NOTHING),
