@@ -344,8 +344,10 @@ DURATIONS = {
     172800: ["retry in 2 days"],
     3720: ["try again in 1h2m0s", "try again in 1h 2m", "try again in 1 hour, 2 minutes"],
     40: ["Retry after 40 seconds.", "retry after 40", "wait for 40s", "try again in about 40 s"],
-    math.nan: ["", "in 5s", "try again soon", "retry after in-flight requests"]
-    + ["try again in 850us", "try again in 2 weeks", "retry in 1 month", "again after 2026-11-23"],
+    math.nan: [
+        *["", "in 5s", "try again soon", "retry after in-flight requests", "retry in 1 month"],
+        *["try again in 850us", "try again in 2 weeks", "again after 2026-11-23"],
+    ],
 }
 
 
