@@ -1033,6 +1033,11 @@ class Transport:
         self._templates: dict[Any, Any] = {}
         self._lock = threading.Lock()
 
+    @staticmethod
+    def load() -> None:
+        """Imports requests, which takes as long as some questions."""
+        import requests  # noqa: F401
+
     def exchange(
         self, url: str, key: str | None, body: bytes | None, reading: Reading, limits: Limits
     ) -> Iterator[bytes]:
@@ -1353,6 +1358,7 @@ class FallbackLLM:
 
     def _walk(self, question: Question, live: bool) -> Generator[str, None, Answer]:
         """Asks whoever is next until one answers; text comes out as it comes in, if live."""
+        self._transport.load()  # the question's time does not begin before
         started, answered, slept = self._clock(), False, 0.0
         deadline = started + question.timeout
         line, last, trail = question.line, None, []  # type: list[Turn], Turn | None, list[Attempt]
