@@ -185,7 +185,7 @@ def test_a_command_prints_what_stands_below_it(reader: Program, command: str, ou
 def test_every_flag_exists() -> None:
     """What looks like a flag of the program is in `--help`."""
     words = re.findall(
-        r"(?<![\w-])--?[a-z][\w-]*", re.sub(r"pip install -q -r |pytest -q -n 4", "", README)
+        r"(?<![\w-])--?[a-z][\w-]*", re.sub(r"pip install -q -r |pytest -q -n 2", "", README)
     )
     text = "".join(output for command, output in commands() if "--help" in command)
     options = set(re.findall(r"^  (?:(-\w), )?(--[\w-]+)", text, re.MULTILINE))
