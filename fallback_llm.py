@@ -107,7 +107,6 @@ if TYPE_CHECKING:
     import requests
 
     Json = Dict[str, Any]
-    Event = Tuple[bytes, bytes]  # type, data
     Ruling = Tuple["Verdict", bool]  # and whether it holds for the whole provider
 
 # fmt: off
@@ -312,7 +311,7 @@ class FallbackLLMError(Exception):
     retry_after: float | None = None  # AllProvidersFailed: seconds, if a server said when to come
     reason = ""  # AnswerRefused: the provider's own
     partial = provider = model = ""  # StreamInterrupted: the text so far, and whose it is
-    # NoProviderError: provider holds the names of those that were chosen
+    providers: tuple[str, ...] = ()  # NoProviderError: the names of those that were chosen
 
     def __init__(self, message: str = "", **evidence: Any) -> None:
         super().__init__(message)
@@ -444,8 +443,9 @@ def judge(status: int, headers: Mapping[str, str], body: Any, now: float) -> Fai
     the three providers, 2025 to October 2026.
     """
     error = Evidence(body)
+    text = " ".join([error.said, *error.codes])
     code = status if status >= 300 else error.status
-    verdict, wide = error.ruling(code) or by_status(code, " ".join([error.said, *error.codes]))
+    verdict, wide = error.ruling(code) or by_status(code, text)
     if error.upstream is not None:  # a router's supplier: its word counts for the model alone
         passed_on = (error.upstream.ruling(code) or (verdict,))[0]
         if passed_on in (Verdict.UNSUITABLE, Verdict.GONE, Verdict.REFUSED):
@@ -456,7 +456,6 @@ def judge(status: int, headers: Mapping[str, str], body: Any, now: float) -> Fai
     resets = verdict is Verdict.RATE_LIMITED  # a quota's reset says nothing about other failures
     hints = hints_in(headers, error, now, resets)
     hint = next((h for h in hints if 0 <= h <= MAX_HINT), None) if verdict.again else None
-    text = " ".join([error.said, *error.codes])
     if hint is None and resets and re.search(LONG, text) and not re.search(r"(?i)per.min", text):
         hint = 3600.0
     return Failure(verdict, told(status, code, error), wide, hint)
@@ -905,9 +904,13 @@ class Memory:
         self._marks: dict[tuple[str, str], Mark] = {}
         self._seen: dict[str, ProviderHealth] = {}  # the facts; the status is derived
 
-    def of(self, turn: Turn) -> list[Mark]:
+    def keys(self, turn: Turn) -> list[tuple[str, str]]:
+        """The keys of the marks that there are for this candidate."""
         keys = ((turn.row.name, ""), (turn.row.name, turn.model))
-        return [self._marks[key] for key in keys if key in self._marks]
+        return [key for key in keys if key in self._marks]
+
+    def of(self, turn: Turn) -> list[Mark]:
+        return [self._marks[key] for key in self.keys(turn)]
 
     def arrange(self, line: list[Turn], now: float) -> list[Turn]:
         """The line with the servers' pauses in it; of the untried, those to be asked later last."""
@@ -944,8 +947,8 @@ class Memory:
         seen = self._seen.setdefault(turn.row.name, ProviderHealth())
         if failure is None:
             seen.last_success, seen.consecutive_failures = epoch, 0
-            for key in ((turn.row.name, ""), (turn.row.name, turn.model)):
-                if key in self._marks and self._marks[key].failed_at <= since:
+            for key in self.keys(turn):
+                if self._marks[key].failed_at <= since:
                     del self._marks[key]
         elif failure.verdict.asked_last is not None and not failure.blameless:
             key = (turn.row.name, "" if failure.wide else turn.model)
@@ -1441,9 +1444,9 @@ class FallbackLLM:
         """The attempt as it stands in the trail. Remembers it, and tells how it ended."""
         now, epoch = self._clock(), self._wall_clock()
         if reading.finish_reason not in ("stop", "length", ""):
-            reading.finish_reason = one_line(reading.finish_reason, self.api_keys.values())
+            reading.finish_reason = self._shown(reading.finish_reason)
         if failure is not None:
-            failure.reason = one_line(failure.reason, self.api_keys.values())
+            failure.reason = self._shown(failure.reason)
         with self._lock:
             self._memory.record(turn, failure, self.retry_config, begun, now, epoch)
         tell_result(turn, failure, self.retry_config)
@@ -1491,7 +1494,7 @@ class FallbackLLM:
     def served(self, row: Provider, until: float = math.inf) -> list[str]:
         """The chat models in the provider's own list; none where it cannot be asked."""
         models = chat_models(self._get(row, "/models", until)[1], row.free_only)
-        return [m for m in models if one_line(m, self.api_keys.values()) == m]  # it may hold a key
+        return [m for m in models if self._shown(m) == m]  # it may hold a key
 
     def check(self, row: Provider) -> Json:
         """Whether the key is accepted and which listed models are served; costs no tokens."""
@@ -1524,7 +1527,7 @@ class FallbackLLM:
             failure = reading.judge(body)
         except Failure as caught:
             failure = caught
-        return one_line(failure.reason, self.api_keys.values()), None
+        return self._shown(failure.reason), None
 
     # Statistics and health
 
@@ -1592,8 +1595,8 @@ class FallbackLLM:
         keyed = [row for row in rows if not self.key_problem(row)]
         if not keyed:
             problems = "; ".join(f"{row.key_env} {self.key_problem(row)}" for row in rows)
-            names = ",".join(row.name for row in rows)
-            raise NoProviderError(f"no API key: {problems}", provider=names)
+            names = tuple(row.name for row in rows)
+            raise NoProviderError(f"no API key: {problems}", providers=names)
         lists = [turns(row, [model] if model else self.models[row.name]) for row in keyed]
         if not any(lists):
             raise ValueError(
@@ -1611,6 +1614,10 @@ class FallbackLLM:
             known = ", ".join(self._rows)
             raise ValueError(f"provider must be one or more of {known}, not {names!r:.60}")
         return [self._rows[name] for name in rows]
+
+    def _shown(self, text: str) -> str:
+        """A server's text as it may be shown: a safe line without our keys."""
+        return one_line(text, self.api_keys.values())
 
     def _key(self, row: Provider) -> str | None:
         return clean(self.api_keys.get(row.name)) or None
@@ -1931,10 +1938,11 @@ def json_of(result: Any, elapsed: float) -> Json:
         step["verdict"] = step["verdict"] and step["verdict"].word
         step.update({name: round(step[name], 3) for name in ("waited", "elapsed")})
     names = ("provider", "model", "finish_reason", "usage", "retry_after")
+    found = {name: getattr(result, name, None) for name in names}
     return {
         "answer": None if failed else result.text,
         "error": str(result) if failed else None,
-        **{name: getattr(result, name, None) for name in names},
+        **{name: None if value == "" else value for name, value in found.items()},
         "attempts": trail,
         "elapsed_seconds": round(elapsed, 3),
     }
@@ -1954,7 +1962,7 @@ def explain(llm: FallbackLLM, args: Any, error: FallbackLLMError) -> None:
     """Tells of a failure in at most ten lines: one for each provider, then the sum."""
     rows, last = llm.rows(args.provider), {step.provider: step for step in error.attempts}
     if isinstance(error, NoProviderError):
-        rows = llm.rows(error.provider)
+        rows = llm.rows(error.providers)
         say("❌ No API keys found! Please set environment variables:")
         say("   " + ", ".join(str(row.key_env) for row in rows))
     elif args.quiet or not isinstance(error, AllProvidersFailed):
@@ -2060,6 +2068,7 @@ class Batch:
         self.write: Callable[[str], object] = put
         self.lock = threading.Lock()
         self.started = self.told = time.monotonic()
+        self.redraws = sys.stderr is not None and sys.stderr.isatty()
 
     def run(self) -> int:
         """Asks what has no answer yet. 0 if now all have one."""
@@ -2077,7 +2086,8 @@ class Batch:
             show_stats(self.llm)
         if self.failed or not self.args.quiet:
             answered = sum(self.answered.values())
-            say(f"{answered} answered, {self.failed} failed, {len(self.before)} answered before")
+            line = f"{answered} answered, {self.failed} failed, {len(self.before)} answered before"
+            say(line.ljust(79) if self.redraws else line)  # over the progress
         return int(self.failed > 0)
 
     def open_input(self, stack: contextlib.ExitStack) -> Any:
@@ -2179,15 +2189,15 @@ class Batch:
 
     def tell(self) -> None:
         """The progress: one line, redrawn on a terminal, elsewhere a new one now and then."""
-        now, redraws = time.monotonic(), sys.stderr is not None and sys.stderr.isatty()
-        if self.args.quiet or now - self.told < (0.5 if redraws else 10):
+        now = time.monotonic()
+        if self.args.quiet or now - self.told < (0.5 if self.redraws else 10):
             return
         self.told, done = now, sum(self.answered.values()) + self.failed
         rate = done / (now - self.started)
         left = f"{(self.total - done) / rate:.0f} s left" if rate else "no answer yet"
         line = f"{done}/{self.total} done, {self.failed} failed, {rate:.1f}/s, {left}"
         line += "".join(f"; {name} {count}" for name, count in sorted(self.answered.items()))
-        say(line, end="\r" if redraws else "\n")
+        say(line[:79].ljust(79) if self.redraws else line, end="\r" if self.redraws else "\n")
 
 
 def hash_of(fields: Json) -> int:
