@@ -253,7 +253,7 @@ REASONS = {
     "redirect": (300, "", "300 Redirect Error: Multiple Choices"),
     "a status without a name": (529, "", "529 Server Error: Unknown"),
     "page": (500, "\n<!doctype html><title> A\n</title>", SERVER + ": HTML page: A"),
-    "untitled page": (404, "<HEAD>", "404 Client Error: Not Found: HTML page: without a title"),
+    "untitled page": (404, "<HEAD>", "404 Client Error: Not Found: HTML page: "),
     "codes instead of words": (400, flat("a"), "400 Client Error: Bad Request: a x_error"),
     "words that are data": (400, nested(1, {"a": 1}), '400 Client Error: Bad Request: {"a": 1}'),
     "inside, with a status": (200, nested(502, "Off."), "error 502 inside the reply: Off."),
@@ -399,8 +399,8 @@ LINES = {
 @pytest.mark.parametrize(("line", "limit", "expected"), LINES.values(), ids=list(LINES))
 def test_next_turn(line: list[Turn], limit: float, expected: Any) -> None:
     """The first whose wait is within its patience, else the soonest; within the limit."""
-    found = next_turn(line, 100.0, limit)
-    assert (found and (found[0].label, found[1])) == expected
+    found, wait = next_turn([(turn, max(0.0, turn.ready_at - 100)) for turn in line], limit)
+    assert (found and (found.label, wait)) == expected
 
 
 PLAIN, JITTER, TWICE = RetryConfig(jitter=False), RetryConfig(), RetryConfig(2, jitter=False)
@@ -441,13 +441,17 @@ def test_line_after(move: Any) -> None:
     """Who is out, who keeps the place, who goes to the end; and how long each is not asked."""
     attempts, (verdict, wide), hint, config, chance, order, (wait, patience) = move
     line = [turn("a1", attempts=attempts), turn("a2"), turn("b1", -93, 3)]
+    line[2].place = 6
     before = [dict(vars(each)) for each in line]
     expected = {each["label"]: dict(each) for each in before}
-    for label in ("a1", "a2") if wide else ("a1",):
+    reached = ("a1", "a2") if wide else ("a1",)
+    for label in reached:
         expected[label].update(ready_at=pytest.approx(100 + wait), patience=patience)
         expected[label]["attempts"] += 1
+        expected[label]["place"] = 0 if order == FIRST else 7
     after = line_after(line, line[0], Failure(verdict, "", wide, hint), config, 100.0, chance)
-    assert [vars(each) for each in after] == [expected[label] for label in order.split()]
+    ordered = sorted(after, key=lambda each: (each.place, each.label))
+    assert [vars(each) for each in ordered] == [expected[label] for label in order.split()]
     assert [vars(each) for each in line] == before
 
 
@@ -491,6 +495,7 @@ def test_retry_config() -> None:
 
 def test_verdicts() -> None:
     """Who is asked again in the question, and how long later questions ask it last."""
+    assert all(verdict.advice for verdict in Verdict)
     assert {verdict.word: (verdict.again, verdict.asked_last) for verdict in Verdict} == {
         "rate_limited": (True, 0.0),
         "fault": (True, 0.0),
@@ -507,7 +512,7 @@ def test_a_providers_row() -> None:
     row = Provider("my-own.ai", "https://x.test", None, ["m"])  # type: ignore[arg-type]
     assert (row.models, row.silence, row.free_only, row.key_path) == (("m",), 60, False, "/models")
     assert row.variable("MODELS") == "MY_OWN_AI_MODELS"
-    with pytest.raises(ValueError, match=r"^models must be several ids"):
+    with pytest.raises(ValueError, match=r"^a row has .* several models, not 'a', 'm'$"):
         Provider("a", "https://x.test", None, "m")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^silence must be a finite number"):
         Provider("a", "https://x.test", None, ("m",), silence=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -32,7 +33,8 @@ class Story:
     """A memory to which things happen, each at a time of the clock."""
 
     def __init__(self) -> None:
-        self.memory = Memory()
+        self.now = 0.0
+        self.memory = Memory(lambda: self.now, lambda: EPOCH + self.now)
 
     def fails(
         self,
@@ -48,32 +50,36 @@ class Story:
     def answers(self, at: float, since: float | None = None, model: str = "a1") -> Story:
         return self._record(at, None, since, model)
 
-    def leases(self, until: float, model: str = "a1") -> Story:
-        self.memory.lease(turn(model), until)
+    def leases(self, at: float, model: str = "a1") -> Story:
+        """Somebody is chosen and has not been heard of yet."""
+        self.now = at
+        assert self.memory.next([turn(model)], 60.0, 1e9)[0]
         return self
 
     def _record(self, at: float, failure: Any, since: float | None, model: str) -> Story:
         since = at if since is None else since
-        self.memory.record(turn(model), failure, RetryConfig(), since, at, EPOCH + at)
+        self.now = at
+        self.memory.record(turn(model), failure, RetryConfig(), since)
         return self
-
-    def line(self, at: float, *turns: Turn) -> list[Turn]:
-        return self.memory.arrange([*turns] or [turn(n) for n in ("a1", "a2", "b1")], at)
 
     def order(self, at: float, *turns: Turn) -> str:
         """Who is asked in which order, all that wait alike."""
-        return " ".join(each.label for each in self.line(at, *turns))
+        self.now = at
+        line = self.memory.waits([*turns] or [turn(n) for n in ("a1", "a2", "b1")])
+        return " ".join(each.label for each, _ in line)
 
-    def waits(self, at: float) -> list[float]:
+    def waits(self, at: float, *turns: Turn) -> list[float]:
         """Of a1, a2, b1."""
-        line = sorted(self.line(at), key=lambda each: each.label)
-        return [max(0.0, each.ready_at - at) for each in line]
+        self.now = at
+        line = self.memory.waits([*turns] or [turn(n) for n in ("a1", "a2", "b1")])
+        return [wait for _, wait in sorted(line, key=lambda pair: pair[0].label)]
 
-    def pause(self, at: float, *models: str) -> float | None:
-        return self.memory.pause([turn(model) for model in models or ("a1", "a2", "b1")], at)
+    def ready_at(self, model: str) -> float:
+        return self.memory.ready_at(turn(model))
 
     def health(self, at: float, name: str = "a", has_key: bool = True) -> ProviderHealth:
-        return self.memory.health(name, has_key, at, EPOCH + at)
+        self.now = at
+        return self.memory.health(name, has_key)
 
 
 # --- Who is asked later -------------------------------------------------------------------------
@@ -144,13 +150,15 @@ def test_whoever_was_tried_in_this_question_keeps_the_place() -> None:
 
 
 def test_a_lease_keeps_the_others_from_it() -> None:
-    """Only from one that failed; until the trial's end, or the lease's."""
-    assert Story().leases(99).order(1) == FIRST
-    story = Story().fails(10, FAULT).leases(20)
-    assert [story.order(at) for at in (12, 19.9, 20)] == [LATER, LATER, FIRST]
-    assert Story().fails(10, FAULT, wide=True).leases(20, "a2").order(19) == ALL_LATER
-    assert Story().fails(10, FAULT).leases(20).answers(13, since=12).order(13) == FIRST
-    story = Story().fails(10, LIMITED, hint=1).leases(20).fails(13, Verdict.UNSUITABLE, since=12)
+    """Only from one that failed; until the trial's end, or for its silence and five seconds."""
+    assert Story().leases(9).order(10) == FIRST
+    story = Story().fails(10, FAULT).leases(12)
+    assert [story.order(at) for at in (12, 76.9, 77)] == [LATER, LATER, FIRST]
+    story = Story().fails(10, LIMITED, hint=30).leases(12)  # and is waited for until 40
+    assert [story.order(at) for at in (104.9, 105)] == [LATER, FIRST]
+    assert Story().fails(10, FAULT, wide=True).leases(12, "a2").order(19) == ALL_LATER
+    assert Story().fails(10, FAULT).leases(12).answers(13, since=12).order(13) == FIRST
+    story = Story().fails(10, LIMITED, hint=1).leases(12).fails(13, Verdict.UNSUITABLE, since=12)
     assert story.order(13) == FIRST
 
 
@@ -166,12 +174,12 @@ def test_the_callers_own_limit_counts_against_nobody() -> None:
 def test_a_hint_outlives_the_question() -> None:
     """Nobody asks before; a shorter one does not end a longer one."""
     story = Story().fails(10, LIMITED, hint=30).fails(11, LIMITED, since=9, hint=5)
-    assert (story.waits(12), story.pause(12)) == ([28, 0, 0], 28)
-    assert (story.waits(40), story.pause(40), story.pause(12, "a2", "b1")) == (
-        [0, 0, 0],
-        None,
-        None,
+    assert (story.waits(12), story.ready_at("a1"), story.ready_at("a2")) == (
+        [28, 0, 0],
+        40,
+        -math.inf,
     )
+    assert story.waits(40) == [0, 0, 0]
     assert story.fails(50, LIMITED, hint=60).waits(50) == [60, 0, 0]
     assert Story().fails(10, FAULT, hint=9).waits(10) == [9, 0, 0]
     assert Story().fails(10, Verdict.UNSUITABLE, hint=9).waits(10) == [0, 0, 0]
@@ -181,18 +189,23 @@ def test_a_hint_for_the_provider_holds_for_all_its_models() -> None:
     """And the model's own, when that is longer; a success ends both."""
     story = Story().fails(10, LIMITED, hint=30, wide=True).fails(11, LIMITED, hint=90)
     assert story.waits(11) == [90, 29, 0]
-    assert (story.pause(11), story.pause(11, "a2")) == (29, 29)
+    assert (story.ready_at("a1"), story.ready_at("a2")) == (101, 40)
     assert story.answers(12).waits(12) == [0, 0, 0]
 
 
 def test_the_later_of_both_pauses_counts() -> None:
-    """Of the memory's and the question's own."""
+    """Of the memory's and the question's own; what is less than a clock's rounding is none."""
     story = Story().fails(10, LIMITED, hint=30)
-    [own, ours] = story.line(10, turn("a1", ready_at=99.0), turn("a1", ready_at=20.0))
-    assert (own.ready_at, ours.ready_at) == (99, 40)
-    line = [turn("a1")]
-    assert Memory().arrange(line, 0) == line
-    assert line[0].ready_at == 0.0
+    assert story.waits(10, turn("a1", ready_at=99.0), turn("a2", ready_at=20.0)) == [89, 10]
+    assert story.waits(30, turn("a1", ready_at=20.0)) == [10]
+    assert story.waits(10, turn("b1", ready_at=10 + 1e-7)) == [0]
+
+
+def test_places_are_kept() -> None:
+    """Who was asked and moved is behind whoever was not, as is who shall be asked later."""
+    story = Story().fails(10, FAULT)
+    turns = [turn("a2", place=2, attempts=1), turn("a1"), turn("b1", place=1, attempts=1)]
+    assert story.order(11, *turns) == "a1 b1 a2"
 
 
 # --- ProviderHealth -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import fallback_llm
-from fallback_llm import Failure, FallbackLLMError, Limits
+from fallback_llm import Failure, FallbackLLMError, Reply
 
 FILE = Path(fallback_llm.__file__)
 SOURCE, HELP = FILE.read_text(encoding="utf-8"), fallback_llm.HELP
@@ -70,14 +70,14 @@ def test_the_help_fits_a_screen_and_agrees_with_the_parser() -> None:
             assert {str(args[key]) for key in args if args[key]} <= {"1", "1.0", "True"}
 
 
-def test_the_limits_of_an_exchange() -> None:
+def test_how_long_an_exchange_may_go_on() -> None:
     """A silence or the question's time ends it; after its end, nothing is a failure."""
     now = [100.0]
-    limits = Limits(lambda: now[0], 10.0, 125.0)
+    reply = Reply(lambda: now[0], 10.0, 125.0, 0.0)
     now[0] = 109.9
-    assert limits.left() == pytest.approx(0.1)
-    limits.progress()
-    assert limits.left() == 10.0
+    assert reply.left() == pytest.approx(0.1)
+    reply.heard(is_over=False)
+    assert reply.left() == 10.0
     for at, expected in {
         119.9: ("silent for 10 s", True, False),
         124.98: ("silent for 10 s", True, False),
@@ -85,12 +85,16 @@ def test_the_limits_of_an_exchange() -> None:
     }.items():
         now[0] = at
         with pytest.raises(Failure) as ended:
-            limits.left()
+            reply.left()
         failure = ended.value
         assert (failure.reason, failure.wide, failure.blameless) == expected
-    limits.progress()
-    assert limits.left() == pytest.approx(0.005)
-    limits.finish(1.0)
-    limits.progress()
+    reply.heard(is_over=False)
+    assert reply.left() == pytest.approx(0.005)
+    now[0] = 121.0
+    reply.heard(is_over=True)
+    assert reply.left() == 1.0
+    now[0] = 121.5
+    reply.heard(is_over=True)
+    assert reply.left() == 0.5
     now[0] = 127.0
-    assert limits.left() == -2.0
+    assert reply.left() == -5.0

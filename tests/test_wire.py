@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fallback_llm import (
     Failure,
     Provider,
-    Reading,
+    Reply,
     Turn,
     Verdict,
     chat_models,
@@ -129,19 +129,24 @@ def plain(content: Any, **more: Any) -> bytes:
     return json.dumps({"choices": [{**choice, **more}], **USAGE}).encode()
 
 
+def reply_of(status: int = 200, **headers: str) -> Reply:
+    """A reply whose body is to come."""
+    reply = Reply(lambda: 0.0, 60.0, math.inf, 1.8e9)
+    reply.status = status
+    reply.headers = {name.replace("_", "-"): headers[name] for name in headers}
+    return reply
+
+
 def read(chunks: Iterable[bytes], status: int = 200, live: bool = False, **headers: str) -> Any:
-    """(the text, the reading) of an answer, or the Failure."""
-    reading, texts = Reading(1.8e9), []  # type: Reading, list[str]
-    reading.begin(status, {name.replace("_", "-").title(): headers[name] for name in headers})
+    """(the text, the reply) of an answer, or the Failure."""
+    reply, texts = reply_of(status, **headers), []  # type: Reply, list[str]
     try:
-        for chunk in chunks:
-            texts += reading.feed(chunk)
-        texts += reading.end()
-        failure = reading.failure(live)
+        texts += reply.read(chunks)
+        failure = reply.failure(live)
     except Failure as raised:
         failure = raised
-    assert "".join(texts) == "".join(reading.text)
-    return failure or ("".join(texts), reading)
+    assert "".join(texts) == "".join(reply.text)
+    return failure or ("".join(texts), reply)
 
 
 HELLO = stream(says("Hel"), says("lo"))
@@ -192,9 +197,9 @@ def test_an_answer_in_every_form(data: bytes) -> None:
     """Whole, byte by byte, and live."""
     for chunks in ([data], [data[i : i + 1] for i in range(len(data))]):
         for live in (False, True):
-            text, reading = read(chunks, live=live)
+            text, reply = read(chunks, live=live)
             assert text == "Hello"
-            assert reading.finish_reason == ("" if b'"stop"' not in data else "stop")
+            assert reply.finish_reason == ("" if b'"stop"' not in data else "stop")
 
 
 @quickly
@@ -225,12 +230,8 @@ def test_thinking_is_left_out_however_it_is_cut(text: str, at: list[int]) -> Non
 
 def test_texts_come_as_they_are_said() -> None:
     """Each event gives its text at once; what may become <think> is held back."""
-    reading = Reading(0.0)
-    reading.begin(200, {})
-    texts = [" ", "<th", "e", "", "n"]
-    assert [[*reading.feed(event(says(text)))] for text in texts] == [
-        *([""], [""], [" <the"], [""], ["n"])
-    ]
+    events = (event(says(text)) for text in (" ", "<th", "e", "", "n"))
+    assert [*reply_of().read(events)] == ["", "", " <the", "", "n"]
 
 
 def test_usage() -> None:
