@@ -15,9 +15,9 @@ The walk goes over candidates, (provider, model) pairs in a line, until one give
                  └─ against the rules ──────────► stop, the question is refused
     cerebras m2, groq m1 … openrouter m4           nobody left: the question has failed
 
-From top to bottom: vocabulary, errors, `PROVIDERS` (to add one, add a row), decisions (`judge`:
-what a reply means), wire format, memory, HTTP, `FallbackLLM` (`_walk`: the walk, which alone
-sleeps), the command line. All times are seconds.
+From top to bottom: vocabulary, errors, `PROVIDERS` (a row each), decisions (`judge`: what a reply
+means), wire format, memory, HTTP, `FallbackLLM` (`_walk`, which alone sleeps), the command line.
+All times are seconds.
 """
 
 from __future__ import annotations
@@ -99,13 +99,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 TYPE_CHECKING = False  # typing itself is not imported: that takes a tenth of the start-up
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, Generator, Iterable, Iterator, Mapping, Tuple
+    from typing import Any, Callable, Dict, Generator, Iterable, Iterator, Mapping
 
     import requests
 
     Json = Dict[str, Any]
-    Key = Tuple[str, str]
-    Ruling = Tuple["Verdict", bool]
+    Clock = Callable[[], float]
 
 # fmt: off
 __all__ = [
@@ -150,18 +149,16 @@ def checked(name: str, value: Any) -> Any:
     """The value, when it is what `NUMBERS` allows for this name; else ValueError."""
     kind, lowest, highest, allowed = NUMBERS[name]
     is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not is_number or not lowest <= value <= highest:  # nan is in no range
-        raise ValueError(f"{name} must be {allowed}, not {value!r:.60}")
+    is_right = is_number and lowest <= value <= highest  # nan is in no range
+    require(is_right, f"{name} must be {allowed}, not {value!r:.60}")
     return value
 
 
 @dataclasses.dataclass
 class RetryConfig:
-    """How often a model is asked, and how many seconds are waited in between.
-
-    After the n-th failure: min(max_delay, base_delay * exponential_base ** (n - 1)), at defaults
-    2, 4, 8, 16; with jitter 80 to 100 % of that; never less than the server asks for. ValueError,
-    with the field's name, for what cannot be meant.
+    """How often a model is asked, and how many seconds are waited in between: after the n-th
+    failure min(max_delay, base_delay * exponential_base ** (n - 1)), at defaults 2, 4, 8, 16; with
+    jitter 80 to 100 % of it; never less than the server asks for. ValueError for nonsense.
     """
 
     max_attempts: int = 5  # of one model in one question, the first included
@@ -172,11 +169,10 @@ class RetryConfig:
     eager: bool = False  # ask somebody else instead of waiting out a rate limit
 
     def __post_init__(self) -> None:
-        for name in NUMBERS.keys() & vars(self):
+        for name in ("max_attempts", "base_delay", "max_delay", "exponential_base"):
             checked(name, getattr(self, name))
-        if self.max_delay < self.base_delay:
-            low = f"{self.max_delay!r} with {self.base_delay!r}"
-            raise ValueError(f"max_delay must be >= base_delay, not {low}")
+        low = f"{self.max_delay!r} with {self.base_delay!r}"
+        require(self.max_delay >= self.base_delay, f"max_delay must be >= base_delay, not {low}")
 
 
 class ProviderStatus(enum.Enum):
@@ -228,7 +224,7 @@ class Failure(Exception):
 class Provider:
     """One row of `PROVIDERS`: an endpoint that speaks the chat completions API."""
 
-    name: str
+    name: str  # in lower case
     base_url: str  # with the version's path; https, or http to this machine
     key_env: str | None  # the variable that holds the key; None: needs no key (a local server)
     models: tuple[str, ...]  # in the order they are asked
@@ -241,10 +237,10 @@ class Provider:
 
     def __post_init__(self) -> None:
         checked("silence", self.silence)
-        if not re.fullmatch(r"[a-z0-9_.-]+", self.name) or isinstance(self.models, str):
-            wrong = f"{self.name!r}, {self.models!r}"
-            raise ValueError(f"a row has a name in lower case and several models, not {wrong}")
-        object.__setattr__(self, "models", tuple(self.models))
+        name, models = self.name, self.models
+        is_row = re.fullmatch(r"[a-z0-9_.-]+", name) and not isinstance(models, str)
+        require(is_row, f"a row has a name in lower case, several models; not {name!r}, {models!r}")
+        object.__setattr__(self, "models", tuple(models))
 
     def variable(self, what: str) -> str:
         """The name of an environment variable of this provider, such as GROQ_MODELS."""
@@ -296,6 +292,7 @@ class Turn:
 
 Question = collections.namedtuple("Question", "fields line timeout is_chosen")  # the last: a model
 
+
 # --- 2. Errors ----------------------------------------------------------------------------------
 # FallbackLLMError ── NoProviderError, AllProvidersFailed, AnswerRefused, StreamInterrupted.
 # Mistakes of the caller are ValueError, and nothing was sent.
@@ -335,41 +332,33 @@ class StreamInterrupted(FallbackLLMError):
 # Ids as of October 2026; when all of a row are gone, the provider's list is asked for. gpt-oss
 # thinks before it answers: without a low effort, a small max_tokens goes into thinking alone.
 
-LITTLE_THINKING = {"gpt-oss": {"reasoning_effort": "low"}}
+BRIEF = {"gpt-oss": {"reasoning_effort": "low"}}
 # fmt: off
 PROVIDERS = (
-    Provider(
-        name="cerebras", base_url="https://api.cerebras.ai/v1", key_env="CEREBRAS_API_KEY",
-        models=("gpt-oss-120b", "qwen-3.8-27b"),
-        silence=10.0, key_url="https://cloud.cerebras.ai",
-        defaults={**LITTLE_THINKING, "qwen-3.8": {"reasoning_effort": "none"}},
-    ),
-    Provider(
-        name="groq", base_url="https://api.groq.com/openai/v1", key_env="GROQ_API_KEY",
-        models=("openai/gpt-oss-120b", "openai/gpt-oss-20b", "qwen/qwen3.8-27b"),
-        silence=10.0, key_url="https://console.groq.com/keys", defaults=LITTLE_THINKING,
-    ),
-    Provider(
-        name="openrouter", base_url="https://openrouter.ai/api/v1", key_env="OPENROUTER_API_KEY",
-        models=("nvidia/nemotron-3-super-120b-a12b:free", "qwen/qwen3.8-27b:free",
-                "google/gemma-4-31b-it:free", "openrouter/free"),  # the last: a router over all free
-        silence=30.0, key_url="https://openrouter.ai/settings/keys",
-        key_path="/key", free_only=True,  # its models list takes any key
-    ),
+    Provider("cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY",
+             models=("gpt-oss-120b", "qwen-3.8-27b"),
+             silence=10.0, key_url="https://cloud.cerebras.ai",
+             defaults={**BRIEF, "qwen-3.8": {"reasoning_effort": "none"}}),
+    Provider("groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY",
+             models=("openai/gpt-oss-120b", "openai/gpt-oss-20b", "qwen/qwen3.8-27b"),
+             silence=10.0, key_url="https://console.groq.com/keys", defaults=BRIEF),
+    Provider("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY",
+             models=("nvidia/nemotron-3-super-120b-a12b:free", "qwen/qwen3.8-27b:free",
+                     "google/gemma-4-31b-it:free", "openrouter/free"),  # a router over all
+             silence=30.0, key_url="https://openrouter.ai/settings/keys",
+             key_path="/key", free_only=True),  # its models list takes any key
 )
 # fmt: on
 
 
 # --- 4. Decisions: what a reply means, how long to wait, who is next. Pure ----------------------
 
-# A ruling: the verdict, and whether it holds for the whole provider.
+# A ruling is a verdict, and whether it holds for the whole provider.
 GONE, UNSUITABLE, REFUSED = ((Verdict[name], False) for name in ("GONE", "UNSUITABLE", "REFUSED"))
 LIMITED, FAULT = (Verdict.RATE_LIMITED, False), (Verdict.FAULT, False)
 ACCOUNT, DOWN, DENIED = ((v, True) for v in (Verdict.RATE_LIMITED, Verdict.FAULT, Verdict.DENIED))
-
 # fmt: off
-CODES = (  # must fit whole. Not in it: rate_limit_exceeded, tokens, requests, invalid_request_error,
-    # which stand on passing and on permanent failures alike
+CODES = (  # must fit whole; rate_limit_exceeded, tokens, requests, … say nothing
     (GONE, r"model_(not_found|archived|decommissioned|deprecated)(_error)?|no_endpoints"),
     (GONE, r"model_unavailable_upstream|free_variant_ended"),
     (DENIED, r"(invalid|wrong)_api_key|payment_required(_error)?|insufficient_quota"),
@@ -398,7 +387,8 @@ WORDS = (  # searched in the message: narrow ones, and what is permanent before 
     (GONE, MODEL + r"(does not exist|not (be )?found|no longer|retired)"),
     (GONE, MODEL + r"(archived|decommissioned|deprecated|discontinued)\b"),
     (REFUSED, r"content (\w+ )?polic(y|ies)|safety (system|filter)|request blocked: "),
-    (REFUSED, r"(input|prompt|content|message|text) (was|is|were|has been) flagged|flagged (by|for)"),
+    (REFUSED, r"(input|prompt|content|message|text) (was|is|were|has been) flagged"),
+    (REFUSED, r"flagged (by|for)"),
 )
 STATUSES = {
     401: DENIED, 402: DENIED, 403: DENIED, 429: LIMITED,
@@ -408,14 +398,13 @@ STATUSES = {
 HUNDREDS = {3: DOWN, 4: UNSUITABLE}  # for the other statuses; else FAULT
 RELAYED = "Provider returned error"  # what a router says of its supplier's error
 LONG = r"(?is)^(?!.*per.min).*(\bper[ -](hour|day|week|month)|\b(hourly|daily|monthly)\b)"
+PAGE = r"(?is)^\s*<(?:!doctype|html|head).*?(?:<title[^>]{0,200}>\s*(.{0,200}?)\s*</title>.*|$)"
 
 
 def judge(status: int, headers: Mapping[str, str], body: Any, now: float) -> Failure:
-    """What a reply that is no answer means: codes first, then words, then the status.
-
-    status: of HTTP; below 300 for an error inside a reply. headers: names in lower case. body:
-    parsed JSON or text. now: epoch seconds. Codes and shapes: recorded replies and documents of
-    the three providers, 2025 to October 2026.
+    """What a reply that is no answer means: codes first, then words, then the status (of HTTP;
+    below 300 for an error inside a reply). headers: names in lower case. body: parsed JSON or
+    text. now: epoch seconds. By recorded replies and documents of the three, 2025 to October 2026.
     """
     from http.client import responses
 
@@ -441,29 +430,31 @@ class Evidence:
     """What an error says, whatever its shape: flat, nested, in a list, plain text, nothing."""
 
     def __init__(self, body: Any) -> None:
-        fields: dict[str, list[Any]] = collections.defaultdict(list)  # the outermost first
-        parts = [body]
+        self.fields: dict[str, list[Any]] = collections.defaultdict(list)  # the outermost first
+        parts, get = [body], self.fields.__getitem__
         for part in parts:  # it grows
             part = part[0] if part and isinstance(part, list) else part
             part = {"message": part} if isinstance(part, str) else part
             for name, value in part.items() if isinstance(part, dict) else ():
-                value = parsed(value) if name == "raw" and isinstance(value, str) else value
                 opens = name in ("error", "errors", "metadata", "availability", "headers")
                 opens = opens and isinstance(value, (dict, list))
-                opens = opens or (name == "raw" and str(*fields["message"][:1]).startswith(RELAYED))
-                (parts if opens else fields[name.lower()]).append(value)
-        said = dict.fromkeys(map(text_in, fields["message"] or fields["error"] or fields["detail"]))
-        self.fields, self.message = fields, ": ".join(filter(None, said))
+                if name == "raw" and str(*get("message")[:1]).startswith(RELAYED):
+                    value, opens = parsed(value) if isinstance(value, str) else value, True
+                (parts if opens else get(name.lower())).append(value)
+        said = filter(None, get("message") or get("error") or get("detail"))
+        texts = [text if isinstance(text, str) else json.dumps(text) for text in said]
+        pages = dict.fromkeys(re.sub(PAGE, r"HTML page: \1", text[:4000]) for text in texts)
+        self.message = ": ".join(pages)
         names = ("limit_source", "code", "error", "error_type", "type")
-        self.codes = [c for name in names for c in reversed(fields[name]) if isinstance(c, str)]
-        if any(fields["reasons"] + fields["flagged_input"] + fields["patterns"]):
+        self.codes = [c for name in names for c in reversed(get(name)) if isinstance(c, str)]
+        if any(get("reasons") + get("flagged_input") + get("patterns")):
             self.codes.append("moderation")
-        statuses = map(number, fields["status_code"] + fields["code"] + fields["http_status"])
+        statuses = map(number, get("status_code") + get("code") + get("http_status"))
         self.status = next((int(status) for status in statuses if 400 <= status <= 599), 0)
         self.said = self.message or " ".join(self.codes)
         self.text = " ".join([self.message, *self.codes])
 
-    def ruling(self, status: int) -> Ruling | None:
+    def ruling(self, status: int) -> tuple[Verdict, bool] | None:
         """By the first code, else the first words, that are known."""
         codes = (r for c in self.codes for r, pattern in CODES if re.fullmatch(pattern, c, re.I))
         words = (r for r, pattern in WORDS if re.search(pattern, self.message, re.I))
@@ -472,44 +463,36 @@ class Evidence:
 
     def hint(self, headers: Mapping[str, str], now: float, is_limit: bool) -> float | None:
         """Seconds after which the server wants to be asked again: the best source that is valid."""
-        found = [number(headers.get("retry-after-ms")) / 1000]
-        date = moment(headers.get("date"))
+        found, date = [number(headers.get("retry-after-ms")) / 1000], moment(headers.get("date"))
         names = ("retry_after_seconds", "retry_after", "retry-after")
         fields = [value for name in names for value in reversed(self.fields[name])]
         for value in [headers.get("retry-after"), *fields]:
             found += [number(value), moment(value) - (now if math.isnan(date) else date)]
         found.append(duration(self.message))
-        if is_limit:  # a quota's reset says nothing about other failures
-            for reset in [*self.fields["x-ratelimit-reset"], headers.get("x-ratelimit-reset")]:
-                found.append(number(reset) / (1000 if number(reset) > 1e11 else 1) - now)
-            found += [3600.0] * bool(re.match(LONG, self.text))
+        for reset in [
+            *self.fields["x-ratelimit-reset"],
+            headers.get("x-ratelimit-reset"),
+        ] * is_limit:
+            found.append(number(reset) / (1000 if number(reset) > 1e11 else 1) - now)
+        found += [3600.0] * bool(is_limit and re.match(LONG, self.text))
         return next((seconds for seconds in found if 0 <= seconds <= MAX_HINT), None)
-
-
-def text_in(message: Any) -> str:
-    """A message as text, cut, as it is searched a lot; of a web page the title."""
-    text = (message if isinstance(message, str) else json.dumps(message) if message else "")[:4000]
-    page = r"(?is)^\s*<(?:!doctype|html|head).*?(?:<title[^>]{0,200}>\s*(.{0,200}?)\s*</title>.*|$)"
-    return re.sub(page, r"HTML page: \1", text)
 
 
 def number(value: Any) -> float:
     """The value as a finite number; nan for anything else."""
-    try:
-        found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-    return found if math.isfinite(found) else math.nan
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if math.isfinite(float(value)) and not isinstance(value, bool):
+            return float(value)
+    return math.nan
 
 
 def moment(date: Any) -> float:
     """Epoch seconds of an HTTP date; nan for anything else."""
     from email.utils import mktime_tz, parsedate_tz
 
-    try:
-        return mktime_tz(parsedate_tz(date))  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError, IndexError, AttributeError):
-        return math.nan
+    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError, AttributeError):
+        return mktime_tz(parsedate_tz(date))
+    return math.nan
 
 
 UNITS = {"ms": 0.001, "milli": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -527,10 +510,8 @@ def duration(message: str) -> float:
 def dig(value: Any, *path: str | int) -> Any:
     """What lies at the path, names and zeros, inside parsed JSON; None where there is nothing."""
     for step in path:
-        if isinstance(value, dict):
-            value = value.get(step)
-        else:
-            value = value[0] if step == 0 and value and isinstance(value, list) else None
+        items = dict(enumerate(value[:1])) if isinstance(value, list) else value
+        value = items.get(step) if isinstance(items, dict) else None
     return value
 
 
@@ -545,7 +526,7 @@ def parsed(body: str | bytes) -> Any:
 
 def backoff(config: RetryConfig, failures: int) -> float:
     """Seconds to wait after this many failures, jitter left out."""
-    growth = config.exponential_base ** (min(failures, 30) - 1)  # 30: a float overflows
+    growth = config.exponential_base ** (min(failures, 30) - 1)  # later a float would overflow
     return min(config.max_delay, config.base_delay * growth)
 
 
@@ -601,15 +582,16 @@ def request_body(fields: Json, turn: Turn) -> bytes:
 def conversation(question: Any, system: Any, messages: Any) -> list[Json]:
     """The messages to send: system, those so far, the question. ValueError if there is nothing."""
     for name, text in (("question", question), ("system", system)):
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"the {name} must be text, not {text!r:.60}")
+        is_text = text is None or isinstance(text, str)
+        require(is_text, f"the {name} must be text, not {text!r:.60}")
     said = list(messages) if isinstance(messages, (list, tuple)) else []
-    if messages is not None and not (said and all(isinstance(dig(m, "role"), str) for m in said)):
-        raise ValueError(f"messages must be a list of dicts with a role, not {messages!r:.60}")
-    if (question is not None or not said) and is_blank(question or ""):
-        raise ValueError("the question is empty")
-    said = [{"role": "system", "content": system}, *said] if system else said
-    return said if question is None else [*said, {"role": "user", "content": question}]
+    are_said = said and all(isinstance(dig(message, "role"), str) for message in said)
+    problem = f"messages must be a list of dicts with a role, not {messages!r:.60}"
+    require(messages is None or are_said, problem)
+    is_asked = not is_blank(question or "") or (question is None and said)
+    require(is_asked, "the question is empty")
+    first, last = {"role": "system", "content": system}, {"role": "user", "content": question}
+    return [first] * bool(system) + said + [last] * (question is not None)
 
 
 def is_blank(text: str) -> bool:
@@ -630,27 +612,26 @@ def lines_in(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def events_in(chunks: Iterable[bytes]) -> Iterator[tuple[bytes | None, bytes]]:
-    """(kind, data) of each server-sent event, as soon as it is complete; or a plain body as one
-    whose kind is None. The first line that is no comment tells which of both it is.
+    """(kind, data) of each server-sent event, as soon as it is complete; or, where there is none,
+    the plain body as one whose kind is None.
     """
-    kind, data, is_plain = b"", [], None  # type: bytes, list[bytes], bool | None
-    for count, line in enumerate(lines_in(chunks)):
-        line = line[3:] if not count and line.startswith(b"\xef\xbb\xbf") else line
-        if is_plain:
-            data.append(line)
-        elif line[:5] == b"data:":
-            data.append(line[6:] if line[5:6] == b" " else line[5:])
-            is_plain = False
-        elif line[:6] == b"event:":
-            kind, is_plain = line[6:].strip(), False
-        elif not line:
+    kind, data, is_stream = b"", [], False  # type: bytes, list[bytes], bool
+    for line in lines_in(chunks):
+        line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            data.append(value[value[:1] == b" " :])
+            is_stream = True
+        elif field == b"event":
+            kind, is_stream = value.strip(), True
+        elif not line and is_stream:
             if any(data):
                 yield kind, b"\n".join(data)
             kind, data = b"", []
-        elif is_plain is None and not re.match(rb"\s*$|:|(data|id|retry)(:|$)", line):
-            data, is_plain = [line], True
+        elif not is_stream and field not in (b"", b"id", b"retry"):
+            data.append(line)
     if any(data):
-        yield None if is_plain else kind, b"\n".join(data)
+        yield kind if is_stream else None, b"\n".join(data)
 
 
 def past_thinking(text: str) -> tuple[str | None, str]:
@@ -669,23 +650,16 @@ def past_thinking(text: str) -> tuple[str | None, str]:
 class Reply:
     """One exchange, as it goes: how long it may, what came over the wire, what that means."""
 
-    def __init__(
-        self, clock: Callable[[], float], silence: float, deadline: float, epoch: float
-    ) -> None:
+    def __init__(self, clock: Clock, silence: float, deadline: float, epoch: float) -> None:
         self.status: int | None = None
         self.headers: Mapping[str, str] = {}  # names in lower case
         self.text: list[str] = []
-        self.finish_reason = ""
         self.usage: Json = {}
         self.is_over = False  # all that matters has come; whatever breaks from now on does not
         self._clock, self._silence, self._deadline, self._epoch = clock, silence, deadline, epoch
         self._until = clock() + silence
         self._ended = self._thought = False  # [DONE] was said, or a plain body is complete
-        self._broken = self._refusal = ""  # what could not be read; why there is no answer
-
-    @property
-    def is_refused(self) -> bool:
-        return not 200 <= (self.status or 0) < 300
+        self.finish_reason = self._broken = self._refusal = ""  # what is wrong with it
 
     def left(self) -> float:
         """Seconds that the next read may take; raises a Failure when nothing is left."""
@@ -695,7 +669,7 @@ class Reply:
         return left
 
     def broken(self, reason: str, wide: bool) -> Failure:
-        """The failure of an exchange that broke for this reason, or as the question's time is up."""
+        """The failure of an exchange that broke for this reason, or because the time is up."""
         if self._clock() >= self._deadline - 0.01:  # a socket may time out a little early
             return Failure(Verdict.FAULT, "the question's time limit is up", blameless=True)
         return Failure(Verdict.FAULT, reason, wide)
@@ -721,17 +695,16 @@ class Reply:
             self.text += [text] if text else []
             yield text
             self.heard(bool(self.finish_reason or self._ended))  # not the caller's time
-        if self.is_refused:
+        if not 200 <= (self.status or 0) < 300:
             raise self.judged("")
-        if held and held.startswith("<think>"):
-            self._thought = True
-        elif held and not is_blank(held):
+        self._thought = self._thought or (held or "").startswith("<think>")
+        if held and not is_blank(held) and not held.startswith("<think>"):
             self.text.append(held)
             yield held
 
     def _take(self, kind: bytes | None, data: bytes) -> str:
         """The text in an event or a plain body; what else it says is noted."""
-        if self.is_refused:
+        if not 200 <= (self.status or 0) < 300:
             raise self.judged(parsed(data))
         self._ended = self._ended or data.strip() in (b"[DONE]", b'"[DONE]"')
         if self._ended or kind == b"ping":
@@ -741,7 +714,7 @@ class Reply:
         except UnicodeDecodeError:
             raise Failure(Verdict.FAULT, "the answer is not UTF-8") from None
         choice, groq = dig(said, "choices", 0), dig(said, "x_groq")
-        reason = dig(choice, "finish_reason")
+        reason, usage = dig(choice, "finish_reason"), dig(said, "usage") or dig(groq, "usage")
         error = dig(said, "error") or dig(choice, "error") or dig(groq, "error")
         if choice is None and not error and isinstance(said, (dict, list)):
             error = Evidence(said).message and said  # flat, or in a list
@@ -752,7 +725,6 @@ class Reply:
         if not isinstance(said, dict) and not self.finish_reason:
             self._broken = self._broken or "no answer in the reply: " + Evidence(said).said
         self.finish_reason = reason if reason and isinstance(reason, str) else self.finish_reason
-        usage = dig(said, "usage") or dig(groq, "usage")
         self.usage = figures(usage) if isinstance(usage, dict) else self.usage
         message = dig(choice, "delta") or dig(choice, "message")
         thinking = dig(message, "reasoning") or dig(message, "reasoning_content")
@@ -762,7 +734,7 @@ class Reply:
 
     def failure(self, live: bool) -> Failure | None:
         """Why this is no whole answer; None if it is one. Live, what was broken is skipped."""
-        verdict, reason = Verdict.FAULT, ""
+        verdict, reason, blank = Verdict.FAULT, "", is_blank("".join(self.text))
         if self.finish_reason == "content_filter" or (self._refusal and not self.text):
             verdict = Verdict.REFUSED
             reason = self._refusal or "a content filter stopped the answer"
@@ -772,10 +744,10 @@ class Reply:
             reason = (
                 "the answer was cut: it has no end" if self.text else "the reply holds no answer"
             )
-        elif is_blank("".join(self.text)) and self.finish_reason == "length":
+        elif blank and self.finish_reason == "length":
             verdict = Verdict.UNSUITABLE
             reason = "max_tokens was used up before the answer began: raise max_tokens"
-        elif is_blank("".join(self.text)):
+        elif blank:
             reason = "only reasoning came, no answer" if self._thought else "the answer is empty"
         return Failure(verdict, reason) if reason else None
 
@@ -802,14 +774,13 @@ def clean(value: str | None) -> str:
     return (value or "").strip(" \t\r\n\"'")
 
 
-def one_line(text: str, keys: Iterable[str | None] = (), limit: int = 300) -> str:
-    """A server's text as one line that is safe to show: no control characters, keys or ids."""
+def one_line(text: str, keys: Iterable[str | None] = ()) -> str:
+    """A server's text as one short line that is safe to show: no control characters, keys, ids."""
     line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     for key in sorted(map(clean, keys), key=len, reverse=True):
-        if len(key) >= 4:
-            line = re.sub(re.escape(key), "[key]", line, flags=re.IGNORECASE)
+        line = re.sub(re.escape(key), "[key]", line, flags=re.I) if len(key) >= 4 else line
     line = re.sub(r"\b(org|user)_\w+", r"\1_[id]", re.sub(SECRETS, "[key]", line))
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    return line if len(line) <= 300 else line[:299] + "…"
 
 
 # --- 6. Memory: what outlives a question --------------------------------------------------------
@@ -830,19 +801,18 @@ class Mark:
 class Memory:
     """Marks by (provider, model); the model "" stands for all of a provider's. Threads share it."""
 
-    def __init__(self, clock: Callable[[], float], wall_clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Clock, wall_clock: Clock) -> None:
         self._clock, self._wall_clock, self._lock = clock, wall_clock, threading.Lock()
-        self._marks: dict[Key, Mark] = {}
+        self._marks: dict[tuple[str, str], Mark] = {}
         self._seen: dict[str, ProviderHealth] = {}  # the facts; the status is derived
 
-    def _marks_of(self, turn: Turn) -> dict[Key, Mark]:
-        found = {(turn.row.name, model): None for model in ("", turn.model)}
-        return {key: self._marks[key] for key in found if key in self._marks}
+    def _marks_of(self, turn: Turn) -> list[Mark]:
+        marks = (self._marks.get((turn.row.name, model)) for model in ("", turn.model))
+        return [mark for mark in marks if mark]
 
     def ready_at(self, turn: Turn) -> float:
         """When it may be asked again, by the servers' word."""
-        with self._lock:
-            return max((mark.ready_at for mark in self._marks_of(turn).values()), default=-math.inf)
+        return max((mark.ready_at for mark in self._marks_of(turn)), default=-math.inf)
 
     def waits(self, line: list[Turn]) -> list[tuple[Turn, float]]:
         """The line in its order, with how long each is to be waited for, by what all threads know.
@@ -850,10 +820,9 @@ class Memory:
         """
         now, found = self._clock(), []
         for turn in line:
-            marks = self._marks_of(turn).values()
-            wait = max([turn.ready_at, *(mark.ready_at for mark in marks)]) - now
-            later = any(now < max(mark.later_until, mark.probed_until) for mark in marks)
-            order = (turn.place, later and not turn.attempts)
+            untils = [max(mark.later_until, mark.probed_until) for mark in self._marks_of(turn)]
+            order = (turn.place, now < max(untils, default=now) and not turn.attempts)
+            wait = max(turn.ready_at, self.ready_at(turn)) - now
             found.append((order, turn, wait if wait > 1e-6 else 0.0))  # less is rounding
         return [pair[1:] for pair in sorted(found, key=lambda pair: pair[0])]
 
@@ -864,28 +833,30 @@ class Memory:
             turn, wait = next_turn(self.waits(line), min(longest, deadline - now))
             if turn is None or now + wait >= deadline:
                 return None, 0.0
-            for mark in self._marks_of(turn).values():
+            for mark in self._marks_of(turn):
                 mark.probed_until = now + wait + turn.row.silence + CONNECT_TIMEOUT
             return turn, wait
 
     def record(
-        self, turn: Turn, failure: Failure | None, config: RetryConfig, since: float
+        self, turn: Turn, failure: Failure | None, config: RetryConfig, begun: float
     ) -> None:
-        """How an attempt that began at `since` has ended. A success forgives what failed before it
-        began; failures that were under way together count as one.
+        """How an attempt has ended. A success forgives what failed before that attempt began;
+        failures that were under way together count as one.
         """
         with self._lock:
-            now, seen = self._clock(), self._seen.setdefault(turn.row.name, ProviderHealth())
-            for key, mark in self._marks_of(turn).items():
+            now, name = self._clock(), turn.row.name
+            seen = self._seen.setdefault(name, ProviderHealth())
+            for mark in self._marks_of(turn):
                 mark.probed_until = now
-                if failure is None and mark.failed_at <= since:
-                    del self._marks[key]
             if failure is None:
                 seen.last_success, seen.consecutive_failures = self._wall_clock(), 0
+                for key in ((name, ""), (name, turn.model)):
+                    if key in self._marks and self._marks[key].failed_at <= begun:
+                        del self._marks[key]
             elif failure.verdict.asked_last is not None and not failure.blameless:
-                key = (turn.row.name, "" if failure.wide else turn.model)
+                key = (name, "" if failure.wide else turn.model)
                 mark = self._marks.setdefault(key, Mark(failure.verdict))
-                counts = since >= mark.failed_at
+                counts = begun >= mark.failed_at
                 mark.failures += counts
                 seen.consecutive_failures += counts
                 seen.last_failure = self._wall_clock()
@@ -901,12 +872,12 @@ class Memory:
         mark = max(marks, key=lambda mark: mark.failed_at, default=None)
         if not has_key or (mark and mark.verdict is Verdict.DENIED):
             health.status = ProviderStatus.UNAVAILABLE
+        elif mark and health.consecutive_failures and mark.verdict is Verdict.RATE_LIMITED:
+            left = max(mark.ready_at, mark.later_until) - self._clock()
+            health.rate_limit_reset_time = self._wall_clock() + left
+            health.status = ProviderStatus.RATE_LIMITED if left > 0 else ProviderStatus.HEALTHY
         elif mark and health.consecutive_failures:
             health.status = ProviderStatus.FAILED
-            if mark.verdict is Verdict.RATE_LIMITED:
-                left = max(mark.ready_at, mark.later_until) - self._clock()
-                health.rate_limit_reset_time = self._wall_clock() + left
-                health.status = ProviderStatus.RATE_LIMITED if left > 0 else ProviderStatus.HEALTHY
         return health
 
 
@@ -934,9 +905,7 @@ class Transport:
                     self.session.mount(scheme, HTTPAdapter(pool_maxsize=POOL_WIDTH, max_retries=0))
             return self.session
 
-    def exchange(
-        self, row: Provider, path: str, key: str, body: bytes | None, reply: Reply
-    ) -> Iterator[bytes]:
+    def exchange(self, url: str, key: str, body: bytes | None, reply: Reply) -> Iterator[bytes]:
         """Posts the body (None: a GET), notes the status and headers in the reply, and yields its
         body as it comes. Raises a Failure when none comes, or it is cut, silent or endless.
         """
@@ -946,17 +915,16 @@ class Transport:
         from urllib3.exceptions import HTTPError
 
         try:
-            with contextlib.closing(self._send(row.base_url + path, key, body, reply)) as response:
+            with contextlib.closing(self._send(url, key, body, reply)) as response:
                 reply.status = response.status_code
                 reply.headers = {name.lower(): text for name, text in response.headers.items()}
-                if reply.is_refused:
+                if not 200 <= reply.status < 300:
                     reply.heard(is_over=True)
                 yield from self._chunks(response, reply)
         except (OSError, ValueError, HTTPException, HTTPError, zlib.error) as error:
             if not reply.is_over:
                 reason = re.sub(r"<\S+ object at 0x\w+>:? ?", "", str(error)) or repr(error)
-                silent = reply.status is not None and reason.endswith("timed out")
-                wide = reply.status is None or silent
+                wide = reply.status is None or reason.endswith("timed out")
                 raise reply.broken(reason, wide) from None
 
     def _send(self, url: str, key: str, body: bytes | None, reply: Reply) -> Any:
@@ -1082,10 +1050,10 @@ class FallbackLLM:
         api_keys: Mapping[str, str | None] | None = None,
         timeout: float | None = None,
         silence: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], float] = time.time,
+        clock: Clock = time.monotonic,
+        wall_clock: Clock = time.time,
         sleep: Callable[[float], object] = time.sleep,
-        chance: Callable[[], float] = _random,
+        chance: Clock = _random,
         session: requests.Session | None = None,
     ) -> None:
         providers, api_keys = tuple(providers), dict(api_keys or {})
@@ -1096,7 +1064,8 @@ class FallbackLLM:
         names = [
             name for row in providers for name in (row.key_env, row.variable("MODELS")) if name
         ]
-        found, self._rows, self.models = settings_of(names), {}, {}  # type: Any, Any, dict[str, list[str]]
+        found, self._rows = settings_of(names), {}  # type: Any, dict[str, Provider]
+        self.models: dict[str, list[str]] = {}
         for row in providers:
             quiet = row.silence if silence is None else silence
             self._rows[row.name] = dataclasses.replace(row, base_url=base_url(row), silence=quiet)
@@ -1226,7 +1195,7 @@ class FallbackLLM:
         try:
             body, key = request_body(fields, turn), clean(self.api_keys.get(turn.row.name))
             for text in reply.read(
-                self._transport.exchange(turn.row, "/chat/completions", key, body, reply)
+                self._transport.exchange(turn.row.base_url + "/chat/completions", key, body, reply)
             ):
                 if live and text:
                     yield text
@@ -1309,7 +1278,7 @@ class FallbackLLM:
         until = min(deadline, self._clock() + 2 * CONNECT_TIMEOUT)
         reply = Reply(self._clock, row.silence, until, self._wall_clock())
         key = clean(self.api_keys.get(row.name))
-        body = parsed(b"".join(self._transport.exchange(row, path, key, None, reply)))
+        body = parsed(b"".join(self._transport.exchange(row.base_url + path, key, None, reply)))
         if reply.status != 200 or not isinstance(body, dict):
             raise reply.judged(body)
         return body
@@ -1409,7 +1378,7 @@ def end_of(
     turn: Turn, reply: Reply, failure: Failure | None, live: bool, trail: list[Attempt], took: float
 ) -> Any:
     """How the question ends with this attempt: an Answer, an error; None: others may help."""
-    names = {"provider": turn.row.name, "model": turn.model, "attempts": tuple(trail)}
+    names: Any = {"provider": turn.row.name, "model": turn.model, "attempts": tuple(trail)}
     text, reason = "".join(reply.text), reply.finish_reason or None
     if failure is None:
         return Answer(text=text, finish_reason=reason, usage=reply.usage, elapsed=took, **names)
@@ -1427,7 +1396,7 @@ def pooled(
     """The results, in the order of the arguments, which are read only as far as needed."""
     from concurrent.futures import ThreadPoolExecutor
 
-    pool, futures = ThreadPoolExecutor(checked("workers", workers)), collections.deque()  # type: Any, Any
+    pool, futures = ThreadPoolExecutor(checked("workers", workers)), collections.deque()  # type: ignore
     try:
         for argument in arguments:
             futures.append(pool.submit(function, argument))
@@ -1624,7 +1593,7 @@ def stdin_text() -> str:
     timer = threading.Timer(2.0, say, [waiting])
     timer.daemon = True
     timer.start()
-    sys.stdin.buffer.peek(1)  # type: ignore[attr-defined]
+    sys.stdin.buffer.peek(1)  # type: ignore[union-attr]
     timer.cancel()
     return decoded(sys.stdin.buffer.read())
 
@@ -1709,9 +1678,8 @@ class Program:
         args, started, question = self.args, time.monotonic(), question_of(self.args)
         if args.verbose:
             names = [row.name for row in self.rows if not self.llm.key_problem(row)]
-            say(
-                f"✅ Available providers: {', '.join(names)}\n❓ Question: {question}\n🤔 Thinking..."
-            )
+            say(f"✅ Available providers: {', '.join(names)}")
+            say(f"❓ Question: {question}\n🤔 Thinking...")
         try:
             if args.stream and not args.json:
                 result: Any = self.show(self.llm.stream(question, **self.common))
@@ -1825,7 +1793,7 @@ class Batch:
 
         with contextlib.ExitStack() as stack:
             if self.args.batch == "-":
-                source = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - it closes it
+                source = stack.enter_context(tempfile.TemporaryFile())
                 shutil.copyfileobj(sys.stdin.buffer, source)
             else:
                 source = stack.enter_context(opened("--batch", self.args.batch, "rb"))
@@ -1841,7 +1809,7 @@ class Batch:
         return int(failed > 0)
 
     def open_output(self, stack: contextlib.ExitStack) -> None:
-        """Lets `write` add to the output, which is ours alone, without its failed and torn lines."""
+        """Lets `write` add to the output, which is ours alone, without failed and torn lines."""
         import shutil
 
         path = os.path.realpath(self.args.output)
@@ -1861,7 +1829,7 @@ class Batch:
                 name = dig(said, "id")
                 is_new = isinstance(name, (str, int)) and name not in self.before
                 if is_new and dig(said, "answer") is not None:
-                    self.before[name] = hash_of(said)
+                    self.before[name] = hash_of(said or {})
                     file.write(line)
             file.flush()
             os.replace(part, path)
