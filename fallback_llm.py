@@ -74,10 +74,9 @@ exit: 0 answered, 1 no answer, 2 wrong usage (nothing sent), 130 interrupted,
 141 reader gone. https://github.com/example/fallback-llm
 """
 VERSION = f"fallback_llm {__version__}\n"
-QUICK = {"-h": HELP, "--help": HELP, "-V": VERSION, "--version": VERSION}
-if __name__ == "__main__" and len(sys.argv) == 2 and sys.argv[1] in QUICK:
+if __name__ == "__main__" and sys.argv[1:] in (["-h"], ["--help"], ["-V"], ["--version"]):
     try:  # noqa: SIM105 - before the imports: it takes half the time
-        sys.exit(print(QUICK[sys.argv[1]], end="", flush=True))
+        sys.exit(print(HELP if "h" in sys.argv[1] else VERSION, end="", flush=True))
     except OSError:
         pass  # main() says what is wrong
 
@@ -106,13 +105,9 @@ if TYPE_CHECKING:
     Json = Dict[str, Any]
     Clock = Callable[[], float]
 
-# fmt: off
-__all__ = [
-    "PROVIDERS", "AllProvidersFailed", "Answer", "AnswerRefused", "Attempt", "FallbackLLM",
-    "FallbackLLMError", "NoProviderError", "Provider", "ProviderHealth", "ProviderStatus",
-    "RetryConfig", "StreamInterrupted", "Verdict",
-]
-# fmt: on
+__all__ = ["PROVIDERS", "AllProvidersFailed", "Answer", "AnswerRefused", "Attempt", "FallbackLLM"]
+__all__ += ["FallbackLLMError", "NoProviderError", "Provider", "ProviderHealth", "ProviderStatus"]
+__all__ += ["RetryConfig", "StreamInterrupted", "Verdict"]
 
 CONNECT_TIMEOUT = 5.0
 GRACE = 1.0  # how long is waited for what matters little: an error's words, usage, [DONE]
@@ -293,9 +288,8 @@ class Turn:
 Question = collections.namedtuple("Question", "fields line timeout is_chosen")  # the last: a model
 
 
-# --- 2. Errors ----------------------------------------------------------------------------------
-# FallbackLLMError ── NoProviderError, AllProvidersFailed, AnswerRefused, StreamInterrupted.
-# Mistakes of the caller are ValueError, and nothing was sent.
+# --- 2. Errors: mistakes of the caller are ValueError, and nothing was sent ---------------------
+# FallbackLLMError ── NoProviderError, AllProvidersFailed, AnswerRefused, StreamInterrupted
 
 
 class FallbackLLMError(Exception):
@@ -309,7 +303,7 @@ class FallbackLLMError(Exception):
 
     def __init__(self, message: str = "", **evidence: Any) -> None:
         super().__init__(message)
-        self.__dict__.update(evidence)  # survives pickling
+        vars(self).update(evidence)  # survives pickling
 
 
 class NoProviderError(FallbackLLMError):
@@ -328,10 +322,9 @@ class StreamInterrupted(FallbackLLMError):
     """A stream broke after its first text."""
 
 
-# --- 3. Providers -------------------------------------------------------------------------------
-# Ids as of October 2026; when all of a row are gone, the provider's list is asked for. gpt-oss
-# thinks before it answers: without a low effort, a small max_tokens goes into thinking alone.
+# --- 3. Providers: ids as of October 2026. When all of a row are gone, its list is asked for ----
 
+# gpt-oss thinks before it answers, and a small max_tokens would go into thinking alone
 BRIEF = {"gpt-oss": {"reasoning_effort": "low"}}
 # fmt: off
 PROVIDERS = (
@@ -790,7 +783,7 @@ def one_line(text: str, keys: Iterable[str | None] = ()) -> str:
 class Mark:
     """Failures of a provider, or of one of its models, since its last success."""
 
-    verdict: Verdict
+    verdict: Verdict = Verdict.FAULT
     failures: int = 0
     failed_at: float = -math.inf
     ready_at: float = -math.inf  # the server's word: nobody asks before
@@ -807,60 +800,50 @@ class Memory:
         self._seen: dict[str, ProviderHealth] = {}  # the facts; the status is derived
 
     def _marks_of(self, turn: Turn) -> list[Mark]:
-        marks = (self._marks.get((turn.row.name, model)) for model in ("", turn.model))
-        return [mark for mark in marks if mark]
+        keys = ((turn.row.name, ""), (turn.row.name, turn.model))
+        return [self._marks[key] for key in keys if key in self._marks]
 
     def ready_at(self, turn: Turn) -> float:
         """When it may be asked again, by the servers' word."""
         return max((mark.ready_at for mark in self._marks_of(turn)), default=-math.inf)
 
-    def waits(self, line: list[Turn]) -> list[tuple[Turn, float]]:
-        """The line in its order, with how long each is to be waited for, by what all threads know.
-        At the same place, who failed lately or is being tried comes last.
-        """
-        now, found = self._clock(), []
-        for turn in line:
-            untils = [max(mark.later_until, mark.probed_until) for mark in self._marks_of(turn)]
-            order = (turn.place, now < max(untils, default=now) and not turn.attempts)
-            wait = max(turn.ready_at, self.ready_at(turn)) - now
-            found.append((order, turn, wait if wait > 1e-6 else 0.0))  # less is rounding
-        return [pair[1:] for pair in sorted(found, key=lambda pair: pair[0])]
-
     def next(self, line: list[Turn], longest: float, deadline: float) -> tuple[Turn | None, float]:
-        """Who of the line is asked next, and the wait before. Whoever it is gets a lease."""
-        with self._lock:
-            now = self._clock()
-            turn, wait = next_turn(self.waits(line), min(longest, deadline - now))
-            if turn is None or now + wait >= deadline:
-                return None, 0.0
-            for mark in self._marks_of(turn):
-                mark.probed_until = now + wait + turn.row.silence + CONNECT_TIMEOUT
-            return turn, wait
-
-    def record(
-        self, turn: Turn, failure: Failure | None, config: RetryConfig, begun: float
-    ) -> None:
-        """How an attempt has ended. A success forgives what failed before that attempt began;
-        failures that were under way together count as one.
+        """Who of the line is asked next, and the wait before; it gets a lease. At the same place,
+        who failed lately or is being tried comes last.
         """
         with self._lock:
-            now, name = self._clock(), turn.row.name
+            now, waits = self._clock(), []  # type: float, list[Any]
+            for place, turn in enumerate(line):
+                marks = self._marks_of(turn)
+                is_later = any(now < max(mark.later_until, mark.probed_until) for mark in marks)
+                wait = max([turn.ready_at, *(mark.ready_at for mark in marks)]) - now
+                order = (turn.place, is_later and not turn.attempts, place)
+                waits.append((order, (turn, wait if wait > 1e-6 else 0.0)))  # less is rounding
+            waits = [pair for _, pair in sorted(waits)]
+            chosen, wait = next_turn(waits, min(longest, deadline - now))
+            if chosen is None or now + wait >= deadline:
+                return None, 0.0
+            for mark in self._marks_of(chosen):
+                mark.probed_until = now + wait + chosen.row.silence + CONNECT_TIMEOUT
+            return chosen, wait
+
+    def record(self, turn: Turn, failure: Failure | None, retry: RetryConfig, begun: float) -> None:
+        """How an attempt has ended. Failures that were under way together count as one."""
+        with self._lock:
+            now, epoch, name = self._clock(), self._wall_clock(), turn.row.name
             seen = self._seen.setdefault(name, ProviderHealth())
             for mark in self._marks_of(turn):
                 mark.probed_until = now
             if failure is None:
-                seen.last_success, seen.consecutive_failures = self._wall_clock(), 0
-                for key in ((name, ""), (name, turn.model)):
-                    if key in self._marks and self._marks[key].failed_at <= begun:
-                        del self._marks[key]
+                seen.last_success, seen.consecutive_failures = epoch, 0
+                old = {id(mark) for mark in self._marks_of(turn) if mark.failed_at <= begun}
+                self._marks = {k: m for k, m in self._marks.items() if id(m) not in old}
             elif failure.verdict.asked_last is not None and not failure.blameless:
-                key = (name, "" if failure.wide else turn.model)
-                mark = self._marks.setdefault(key, Mark(failure.verdict))
+                mark = self._marks.setdefault((name, "" if failure.wide else turn.model), Mark())
                 counts = begun >= mark.failed_at
-                mark.failures += counts
+                mark.failures, seen.last_failure = mark.failures + counts, epoch
                 seen.consecutive_failures += counts
-                seen.last_failure = self._wall_clock()
-                pause = failure.verdict.asked_last or backoff(config, mark.failures)
+                pause = failure.verdict.asked_last or backoff(retry, mark.failures)
                 mark.verdict, mark.failed_at, mark.later_until = failure.verdict, now, now + pause
                 mark.ready_at = max(mark.ready_at, now + (failure.hint or 0.0))
 
@@ -869,15 +852,15 @@ class Memory:
         with self._lock:
             health = dataclasses.replace(self._seen.get(provider, ProviderHealth()))
             marks = [mark for (name, _), mark in self._marks.items() if name == provider]
-        mark = max(marks, key=lambda mark: mark.failed_at, default=None)
-        if not has_key or (mark and mark.verdict is Verdict.DENIED):
+        mark = max(marks, key=lambda mark: mark.failed_at, default=Mark())
+        if not has_key or mark.verdict is Verdict.DENIED:
             health.status = ProviderStatus.UNAVAILABLE
-        elif mark and health.consecutive_failures and mark.verdict is Verdict.RATE_LIMITED:
+        elif health.consecutive_failures and mark.verdict is not Verdict.RATE_LIMITED:
+            health.status = ProviderStatus.FAILED
+        elif health.consecutive_failures:
             left = max(mark.ready_at, mark.later_until) - self._clock()
             health.rate_limit_reset_time = self._wall_clock() + left
             health.status = ProviderStatus.RATE_LIMITED if left > 0 else ProviderStatus.HEALTHY
-        elif mark and health.consecutive_failures:
-            health.status = ProviderStatus.FAILED
         return health
 
 
@@ -885,9 +868,7 @@ class Memory:
 
 
 class Transport:
-    """The one place that talks HTTP. One request is one exchange: nothing is sent again, no
-    redirect is followed, no cookie is kept.
-    """
+    """All HTTP. One request is one exchange: no redirect is followed, nothing is sent again."""
 
     def __init__(self, session: requests.Session | None) -> None:
         self.session, self._lock = session, threading.Lock()
@@ -906,8 +887,8 @@ class Transport:
             return self.session
 
     def exchange(self, url: str, key: str, body: bytes | None, reply: Reply) -> Iterator[bytes]:
-        """Posts the body (None: a GET), notes the status and headers in the reply, and yields its
-        body as it comes. Raises a Failure when none comes, or it is cut, silent or endless.
+        """Posts the body (None: a GET) and yields what comes; status and headers are noted in the
+        reply. Raises a Failure when nothing comes, or it is cut, silent or endless.
         """
         import zlib
         from http.client import HTTPException
@@ -920,7 +901,9 @@ class Transport:
                 reply.headers = {name.lower(): text for name, text in response.headers.items()}
                 if not 200 <= reply.status < 300:
                     reply.heard(is_over=True)
-                yield from self._chunks(response, reply)
+                packed = re.search("(?i)gzip|deflate", reply.headers.get("content-encoding", ""))
+                unpack = zlib.decompressobj(47) if packed else None  # 47: either
+                yield from self._chunks(response.raw, reply, unpack)
         except (OSError, ValueError, HTTPException, HTTPError, zlib.error) as error:
             if not reply.is_over:
                 reason = re.sub(r"<\S+ object at 0x\w+>:? ?", "", str(error)) or repr(error)
@@ -928,40 +911,32 @@ class Transport:
                 raise reply.broken(reason, wide) from None
 
     def _send(self, url: str, key: str, body: bytes | None, reply: Reply) -> Any:
-        """The requests.Response, its body unread. Through the session's adapters, not its send():
-        that looks up proxies, netrc (which would replace the key) and cookies at every call, half
-        the time of a warm one, and reads all of a redirect's body.
+        """The requests.Response, its body unread. Not by session.send(): it looks up proxies, netrc
+        (which replaces the key) and cookies at every call, and reads all of a redirect's body.
         """
-        import requests
+        from requests import Request
 
         session = self.load()
         if url not in self._settings:
-            found = session.merge_environment_settings(url, {}, None, None, None)
-            self._settings[url] = {name: found[name] for name in ("proxies", "verify", "cert")}
-        headers = {
-            "User-Agent": "fallback_llm/" + __version__,  # those of libraries get a 403 (2026-09)
-            "Accept": "text/event-stream, application/json",
-            "Accept-Encoding": "identity",
-            "Content-Type": "application/json",
-            **({"Authorization": "Bearer " + key} if key else {}),
-        }
-        method = "GET" if body is None else "POST"
-        request = requests.Request(method, url, headers, data=body).prepare()
-        timeout, settings = (min(CONNECT_TIMEOUT, reply.left()), reply.left()), self._settings[url]
-        return session.get_adapter(url).send(request, stream=True, timeout=timeout, **settings)
+            self._settings[url] = session.merge_environment_settings(url, {}, True, None, None)
+        headers = {"Accept": "text/event-stream, application/json", "Accept-Encoding": "identity"}
+        headers["User-Agent"] = (
+            "fallback_llm/" + __version__
+        )  # those of libraries get a 403 (2026-09)
+        headers["Content-Type"] = "application/json"
+        headers.update({"Authorization": "Bearer " + key} if key else {})
+        request = Request("GET" if body is None else "POST", url, headers, data=body).prepare()
+        timeout = (min(CONNECT_TIMEOUT, reply.left()), reply.left())
+        return session.get_adapter(url).send(request, timeout=timeout, **self._settings[url])
 
     @staticmethod
-    def _chunks(response: Any, reply: Reply) -> Iterator[bytes]:
+    def _chunks(raw: Any, reply: Reply, unpack: Any) -> Iterator[bytes]:
         """What each read of the socket gives, decompressed. Below urllib3, whose reads wait for a
         full block and keep the time limit that they began with.
         """
-        import zlib
-
-        source = getattr(response.raw, "_fp", response.raw)
+        source, size, chunk = getattr(raw, "_fp", raw), 0, b" "
         read = getattr(source, "read1", None) or source.read
         sock = getattr(getattr(getattr(source, "fp", None), "raw", None), "_sock", None)
-        packed = re.search("(?i)gzip|deflate", reply.headers.get("content-encoding", ""))
-        unpack, size, chunk = zlib.decompressobj(47) if packed else None, 0, b" "  # 47: either
         while chunk and getattr(source, "fp", source) is not None:  # None: read to the end
             left = reply.left()
             if left <= 0:
@@ -975,25 +950,26 @@ class Transport:
                 raise Failure(Verdict.FAULT, f"the reply is longer than {MAX_BODY} bytes")
             yield data
         is_half = unpack and not unpack.eof and not reply.is_over
-        if (is_half or getattr(source, "length", None)) and response.status_code < 300:
+        if (is_half or getattr(source, "length", None)) and (reply.status or 0) < 300:
             raise Failure(Verdict.FAULT, "the answer was cut: half of its bytes")
         source.close()
-        getattr(response.raw, "release_conn", source.close)()
+        getattr(raw, "release_conn", source.close)()
 
 
 # --- 8. FallbackLLM -----------------------------------------------------------------------------
 
 PLACEHOLDER = r"(?i)your[_ -].*|.*[_ -]here|<.*>|(change|replace).?me|x{3,}|.*\.{3}|todo|none|null"
-NO_CHAT = r"(?i)whisper|tts|speech|audio|guard|embed|rerank|moderation|image|ocr"
+NO_CHAT = r"whisper|tts|speech|audio|guard|embed|rerank|moderation|image|ocr"
+CHAT = rf"(?i)(?!.*({NO_CHAT}))[\w./:@~+-]{{1,200}}"  # the id of a model that may answer
 
 
 def settings_of(names: Iterable[str]) -> dict[str, str]:
     """The values: from the environment, ./.env and the .env beside this file, in this order; a
     placeholder only where there is nothing else. A .env gives nothing else, and nothing is set.
     """
-    here = os.path.dirname(os.path.abspath(globals().get("__file__", ".env")))
+    beside = os.path.join(os.path.dirname(globals().get("__file__", "")), ".env")
     sources: list[Mapping[str, str | None]] = [os.environ]
-    for path in dict.fromkeys([os.path.abspath(".env"), os.path.join(here, ".env")]):
+    for path in dict.fromkeys(map(os.path.abspath, (".env", beside))):
         try:
             if os.path.isfile(path):
                 from dotenv import dotenv_values
@@ -1005,12 +981,9 @@ def settings_of(names: Iterable[str]) -> dict[str, str]:
         except (OSError, ValueError):
             logger.warning("⚠️  %s cannot be read: save it as UTF-8", path)
     found = {name: [clean(source.get(name)) for source in sources] for name in names}
-    order = {name: sorted(found[name], key=lambda v: not v or is_placeholder(v)) for name in found}
-    return {name: next(filter(None, order[name]), "") for name in order}
-
-
-def is_placeholder(value: str | None) -> bool:
-    return bool(re.fullmatch(PLACEHOLDER, value or ""))
+    for values in found.values():
+        values.sort(key=lambda value: bool(re.fullmatch(PLACEHOLDER, value)))
+    return {name: next(filter(None, found[name]), "") for name in found}
 
 
 def base_url(row: Provider) -> str:
@@ -1027,19 +1000,12 @@ def base_url(row: Provider) -> str:
     return f"{url}/{path}".rstrip("/") if re.fullmatch(host, url) else url
 
 
-def _random() -> float:
-    import random
-
-    return random.random()  # noqa: S311 - jitter is no secret
-
-
 class FallbackLLM:
-    """Asks candidates until one answers. Safe to share between threads; pickles.
-
-    providers: rows as in `PROVIDERS`. api_keys: by provider; they win over the environment and
-    .env files. timeout: limit of a whole question. silence: overrides every row's. clock,
-    wall_clock, sleep, chance, session: for tests. ValueError for what cannot be meant; a missing
-    key is no error here. fallback_order, api_keys and models may be changed at any time.
+    """Asks candidates until one answers. Safe to share between threads; pickles. providers: rows as
+    in `PROVIDERS`. api_keys: by provider; they win over the environment and .env files. timeout:
+    limit of a whole question. silence: overrides every row's. clock, wall_clock, sleep, chance,
+    session: for tests. ValueError for what cannot be meant; a missing key is no error here.
+    fallback_order, api_keys and models may be changed at any time.
     """
 
     def __init__(
@@ -1053,39 +1019,37 @@ class FallbackLLM:
         clock: Clock = time.monotonic,
         wall_clock: Clock = time.time,
         sleep: Callable[[float], object] = time.sleep,
-        chance: Clock = _random,
+        chance: Clock | None = None,
         session: requests.Session | None = None,
     ) -> None:
         providers, api_keys = tuple(providers), dict(api_keys or {})
         self._given = {k: v for k, v in locals().items() if k not in ("self", "session")}
         self.retry_config = RetryConfig() if retry_config is None else retry_config
         self.timeout = math.inf if timeout is None else checked("timeout", timeout)
-        self._clock, self._wall_clock, self._sleep, self._chance = clock, wall_clock, sleep, chance
-        names = [
-            name for row in providers for name in (row.key_env, row.variable("MODELS")) if name
-        ]
-        found, self._rows = settings_of(names), {}  # type: Any, dict[str, Provider]
-        self.models: dict[str, list[str]] = {}
+        self._clock, self._wall_clock, self._sleep = clock, wall_clock, sleep
+        self._chance = chance or (lambda: os.urandom(1)[0] / 255)  # random costs an import
+        names = (name for row in providers for name in (row.key_env, row.variable("MODELS")))
+        found: Any = settings_of(filter(None, names))
+        self._rows, self.models = {}, {}  # type: dict[str, Provider], dict[str, list[str]]
         for row in providers:
             quiet = row.silence if silence is None else silence
             self._rows[row.name] = dataclasses.replace(row, base_url=base_url(row), silence=quiet)
-            listed = [model.strip() for model in found[row.variable("MODELS")].split(",")]
+            listed = re.split(r"\s*,\s*", found[row.variable("MODELS")])
             self.models[row.name] = [*filter(None, listed)] or [*row.models]
         keys = {row.name: found.get(row.key_env) or None for row in providers}
-        self._placeholders = {name for name in keys if is_placeholder(keys[name])}
-        self._found = {name: None if is_placeholder(keys[name]) else keys[name] for name in keys}
-        self.api_keys = {**self._found, **{self.rows([k])[0].name: api_keys[k] for k in api_keys}}
+        self._placeholders = {n for n, key in keys.items() if re.fullmatch(PLACEHOLDER, key or "")}
+        self._found = {n: None if n in self._placeholders else keys[n] for n in keys}
+        self.api_keys = {**self._found, **{self.rows(k)[0].name: api_keys[k] for k in api_keys}}
         self.fallback_order = list(self._rows)
         self._transport, self._memory = Transport(session), Memory(clock, wall_clock)
         self._lock, self._discovery = threading.Lock(), threading.Lock()
-        self._discovered: set[str] = set()  # providers that were asked what they serve
-        self._stats = [0] * 5
+        self._stats, self._discovered = [0] * 5, set()  # type: list[int], set[str]
 
     def __getstate__(self) -> Json:
         """The settings; of the keys only those that this object was given."""
         changed = {k: v for k, v in self.api_keys.items() if v != self._found.get(k)}
-        given = {**self._given, "api_keys": {**self._given["api_keys"], **changed}}
-        given["retry_config"] = self.retry_config
+        keys = {**self._given["api_keys"], **changed}
+        given = {**self._given, "api_keys": keys, "retry_config": self.retry_config}
         return {"given": given, "fallback_order": self.fallback_order, "models": self.models}
 
     def __setstate__(self, state: Json) -> None:
@@ -1093,10 +1057,7 @@ class FallbackLLM:
         self.__dict__.update(state)
 
     def ask(self, question: str, max_tokens: int = 500, provider: Any = None, **more: Any) -> str:
-        """The text of the answer; "" when every model failed or the question was refused.
-
-        Arguments and other errors as in `complete`.
-        """
+        """The text of the answer; "" if all failed or it was refused. The rest as in `complete`."""
         try:
             return self.complete(question, max_tokens, provider, **more).text
         except (AllProvidersFailed, AnswerRefused) as error:
@@ -1106,12 +1067,11 @@ class FallbackLLM:
     def complete(
         self, question: str | None = None, max_tokens: int = 500, provider: Any = None, **more: Any
     ) -> Answer:
-        """The answer and how it came about.
-
-        provider: a name or several ("groq,openrouter" or a list), asked in this order. more: model
-        ("[provider:]model"), system, messages (a conversation, continued by the question), timeout
-        (seconds), temperature, and any other parameter of the chat completions API.
-        ValueError and NoProviderError (nothing was sent), AllProvidersFailed, AnswerRefused.
+        """The answer and how it came about. provider: a name or several ("groq,openrouter" or a
+        list), asked in this order. more: model ("[provider:]model"), system, messages (a
+        conversation, continued by the question), timeout (seconds), temperature, and any other
+        parameter of the chat completions API. ValueError and NoProviderError (nothing was sent),
+        AllProvidersFailed, AnswerRefused.
         """
         walk = self._walk(self.checked_question(question, max_tokens, provider, **more), live=False)
         try:
@@ -1124,20 +1084,16 @@ class FallbackLLM:
     def stream(
         self, question: str | None = None, max_tokens: int = 500, provider: Any = None, **more: Any
     ) -> Generator[str, None, Answer]:
-        """The text, piece by piece as it comes. Arguments and errors as in `complete`.
-
-        Before the first piece it falls over as `ask` does; a break after it is StreamInterrupted.
-        Closing the iterator closes the connection.
+        """The text, piece by piece as it comes. Arguments and errors as in `complete`; a break
+        after the first piece is StreamInterrupted. Closing the iterator closes the connection.
         """
         return self._walk(self.checked_question(question, max_tokens, provider, **more), live=True)
 
     def ask_many(
         self, questions: Iterable[Any], max_workers: int = 8, **more: Any
     ) -> Iterator[Answer | FallbackLLMError]:
-        """For each question an Answer, or the error in its place; in their order, lazily.
-
-        questions: strings, or dicts of `complete`'s arguments, read only as far as needed. more:
-        arguments for all of them. ValueError where a question cannot be meant.
+        """For each question, a string or a dict of `complete`'s arguments, an Answer or the error
+        in its place; in their order, lazily. more: for all of them. ValueError as in `complete`.
         """
         dicts = (asked if isinstance(asked, dict) else {"question": asked} for asked in questions)
         return pooled(self.result, ({**more, **asked} for asked in dicts), max_workers)
@@ -1152,124 +1108,155 @@ class FallbackLLM:
     def _walk(self, question: Question, live: bool) -> Generator[str, None, Answer]:
         """Asks whoever is next until one answers; text comes out as it comes in, if live."""
         self._transport.load()  # the question's time does not begin before
-        started, slept, answered, config = self._clock(), 0.0, False, self.retry_config
-        deadline, line, last = started + question.timeout, question.line, None
-        trail: list[Attempt] = []
+        started, answered, line, config = self._clock(), False, question.line, self.retry_config
+        deadline, trail = started + question.timeout, []  # type: float, list[Attempt]
         try:
             while True:
-                turn, wait = self._memory.next(line, config.max_delay, deadline)
+                turn, slept = self._turn(line, trail, deadline)
                 if turn is None:
                     raise self._all_failed(question.line, trail)
-                tell_next(last, turn, wait)
-                if wait:
-                    ready_at, slept = self._memory.ready_at(turn), slept + wait
-                    self._sleep(wait)
-                    if self._memory.ready_at(turn) > ready_at:  # another thread was told so
-                        continue
-                begun, epoch = self._clock(), self._wall_clock()
-                reply = Reply(self._clock, turn.row.silence, deadline, epoch)
-                failure = yield from self._attempt(turn, reply, question.fields, live)
+                begun, names = self._clock(), (turn.row.name, turn.model)
+                reply = Reply(self._clock, turn.row.silence, deadline, self._wall_clock())
+                failure = yield from self._try(turn, reply, question.fields, live)
                 self._memory.record(turn, failure, config, begun)
-                trail.append(told(turn, reply, failure, config, slept, self._clock() - begun))
-                end = end_of(turn, reply, failure, live, trail, self._clock() - started)
-                if isinstance(end, Answer):
-                    answered = True
-                    return end
-                if failure is None or end is not None:
-                    raise end
+                verdict, reason = (failure.verdict, failure.reason) if failure else (None, "")
+                facts = (*names, turn.attempts + 1, reply.status)
+                trail.append(Attempt(*facts, verdict, reason, slept, self._clock() - begun))
+                text, finish = "".join(reply.text), reply.finish_reason or None
+                if failure is None:
+                    answered, took = True, self._clock() - started
+                    return Answer(text, *names, finish, reply.usage, tuple(trail), took)
+                ours = {"provider": names[0], "model": names[1], "attempts": tuple(trail)}
+                if live and text:
+                    raise StreamInterrupted(f"{turn} broke off: {reason}", partial=text, **ours)
+                if verdict is Verdict.REFUSED:
+                    refused = f"{names[0]} refused the question: {reason}"
+                    raise AnswerRefused(refused, reason=reason, **ours)
                 line = line_after(line, turn, failure, config, self._clock(), self._chance())
-                line += self._served_instead(turn.row, question, trail, deadline)
-                last, slept = turn, 0.0
+                line += self._served_instead(question, trail, deadline)
         except GeneratorExit:  # the caller has read enough
             answered = True
             raise
         finally:
             switches = sum(a.provider != b.provider for a, b in zip(trail, trail[1:]))
-            limited = sum(attempt.status == 429 for attempt in trail)
-            self._count(1, answered, not answered, limited, switches)
+            limited = [attempt.status for attempt in trail].count(429)
+            with self._lock:
+                counts = zip(self._stats, (1, answered, not answered, limited, switches))
+                self._stats = [old + new for old, new in counts]
 
-    def _attempt(
-        self, turn: Turn, reply: Reply, fields: Json, live: bool
-    ) -> Generator[str, None, Failure | None]:
-        """One exchange: why it is no answer; None: it is one."""
+    def _turn(self, line: list[Turn], trail: list[Attempt], deadline: float) -> tuple[Any, float]:
+        """Whose turn it is, once it has come; the seconds slept. With the documented lines."""
+        slept, last = 0.0, (trail[-1].provider, trail[-1].model) if trail else ("", "")
+        while True:
+            turn, wait = self._memory.next(line, self.retry_config.max_delay, deadline)
+            if turn is None:
+                return None, slept
+            is_new = last != (turn.row.name, turn.model)
+            if trail and is_new:
+                logger.info("🔄 %s %s failed, trying next model...", *last)
+            if wait:
+                logger.info("⏳ Waiting %.2fs before retry...", wait)
+                ready_at, slept = self._memory.ready_at(turn), slept + wait
+                self._sleep(wait)
+                if self._memory.ready_at(turn) > ready_at:  # another thread was told so
+                    continue
+            if last[0] != turn.row.name:
+                logger.info("🔄 Trying provider: %s", turn.row.name)
+            if is_new:
+                logger.info("🎯 Trying %s model %s: %s", turn.row.name, turn.label, turn.model)
+            return turn, slept
+
+    def _try(self, turn: Turn, reply: Reply, fields: Json, live: bool) -> Generator[str, None, Any]:
+        """One exchange, and the documented lines after it: why it is no answer; None: it is one."""
+        row, count, failure = turn.row, turn.attempts + 1, None
         try:
-            body, key = request_body(fields, turn), clean(self.api_keys.get(turn.row.name))
-            for text in reply.read(
-                self._transport.exchange(turn.row.base_url + "/chat/completions", key, body, reply)
-            ):
+            body, key = request_body(fields, turn), clean(self.api_keys.get(row.name))
+            chunks = self._transport.exchange(row.base_url + "/chat/completions", key, body, reply)
+            for text in reply.read(chunks):
                 if live and text:
                     yield text
             failure = reply.failure(live)
         except Failure as caught:
             failure = caught
-        if failure is not None:
-            failure.reason = self._shown(failure.reason)
-        elif reply.finish_reason not in ("stop", "length", ""):
-            reply.finish_reason = self._shown(reply.finish_reason)
+        if failure is None:
+            if reply.finish_reason not in ("stop", "length", ""):
+                reply.finish_reason = self._shown(reply.finish_reason)
+            logger.info("✅ Success with %s on attempt %d", turn, count)
+            return None
+        failure.reason = self._shown(failure.reason)
+        logger.warning("❌ Error in %s API request: %s", row.name, failure.reason)
+        if failure.verdict is Verdict.DENIED and row.key_env:
+            logger.warning("🔑 Check %s and the account: %s", row.key_env, row.key_url)
+        if failure.verdict.again and count >= self.retry_config.max_attempts:
+            logger.info("🔄 %s exhausted all %d retry attempts", turn, count)
         return failure
 
     def _all_failed(self, line: list[Turn], trail: list[Attempt]) -> AllProvidersFailed:
-        ready, now = [self._memory.ready_at(turn) for turn in line], self._clock()
-        pause = min((at - now for at in ready if at > now), default=None)
+        readies, now = map(self._memory.ready_at, line), self._clock()
+        pause = min((at - now for at in readies if at > now), default=None)
         message = "All providers and models failed"
         message += "" if pause is None else f" (come back in {math.ceil(pause)} s)"
         reasons = {attempt.provider: attempt.reason for attempt in trail}
         message += "".join(f"; {name}: {reason}" for name, reason in reasons.items())
         return AllProvidersFailed(message, attempts=tuple(trail), retry_after=pause)
 
-    def _served_instead(
-        self, row: Provider, question: Question, trail: list[Attempt], deadline: float
-    ) -> list[Turn]:
+    def _served_instead(self, question: Any, trail: list[Attempt], deadline: float) -> list[Turn]:
         """Turns for models that the provider serves, once all that were in the line are gone."""
-        listed = [turn.model for turn in question.line if turn.row is row]
+        row = self._rows[trail[-1].provider]
+        listed = {turn.model for turn in question.line if turn.row is row}
         gone = {a.model for a in trail if a.provider == row.name and a.verdict is Verdict.GONE}
-        if question.is_chosen or not gone.issuperset(listed):
+        if question.is_chosen or listed - gone:
             return []
         with self._discovery:  # whoever comes meanwhile waits for what is found
             if row.name not in self._discovered and gone.issuperset(self.models[row.name]):
                 self._discovered.add(row.name)
                 served = [model for model in self.served(row, deadline) if model not in gone][:5]
-                self.models[row.name] = served or self.models[row.name]
-                words = (row.name, ", ".join(sorted(gone)), ", ".join(served))
-                end = f"to choose, set {row.variable('MODELS')}=a,b"
                 if served:
-                    logger.warning("🔎 %s: gone: %s; used instead: %s; %s", *words, end)
-        new = [turn for turn in turns(row, self.models[row.name]) if turn.model not in listed]
+                    self.models[row.name] = served
+                    end = f"{', '.join(served)}; to choose, set {row.variable('MODELS')}=a,b"
+                    words = (row.name, ", ".join(sorted(gone)), end)
+                    logger.warning("🔎 %s: gone: %s; used instead: %s", *words)
+        new = [turn for turn in self._line(row.name, None) if turn.model not in listed]
         question.line.extend(new)
         return new
 
     def served(self, row: Provider, deadline: float = math.inf) -> list[str]:
-        """The chat models in the provider's own list; none where it cannot be asked."""
+        """The models in the provider's own list that answer text with text, by what each entry says
+        (fields of Groq 2026-09, OpenRouter 2026-10) or else by its name; none if it has no list.
+        """
         try:
-            models = chat_models(self._get(row, "/models", deadline), row.free_only)
+            models, listed = [], self._get(row, "/models", deadline).get("data")
         except Failure:
             return []
-        return [model for model in models if self._shown(model) == model]  # it may hold a key
+        for entry in listed if isinstance(listed, list) else ():
+            name, prices = dig(entry, "id"), dig(entry, "pricing")
+            modalities = dig(entry, "architecture", "output_modalities")
+            is_text = (dig(entry, "output_modalities") or modalities) in (None, ["text"])
+            is_named = isinstance(name, str) and re.fullmatch(CHAT, name)
+            size = number(dig(entry, "context_window") or dig(entry, "context_length"))
+            is_chat = (
+                is_named and is_text and not size <= 4096 and dig(entry, "active") is not False
+            )
+            is_free = isinstance(prices, dict) and set(map(number, prices.values())) == {0.0}
+            if is_chat and (is_free or not row.free_only) and self._shown(name) == name:
+                models.append(name)
+        return models
 
     def check(self, row: Provider) -> Json:
         """Whether the key is accepted and which listed models are served; costs no tokens."""
-        started, listed, found, reason, key = (
-            self._clock(),
-            self.models[row.name],
-            "",
-            "",
-            "accepted",
-        )
+        started, key, reason, found = self._clock(), "accepted", "", ""
         try:
             for path in dict.fromkeys((row.key_path, "/models")):
                 found = json.dumps(self._get(row, path))
         except Failure as failure:
+            refused = "missing" if self.key_problem(row) else "refused"
+            key = refused if failure.verdict is Verdict.DENIED else "not checked"
             reason = self._shown(failure.reason)
-            key = "refused" if failure.verdict is Verdict.DENIED else "not checked"
-        served = [m for m in listed if f'"id": {json.dumps(m)}' in found and not reason]
-        return {
-            "provider": row.name,
-            "key": "missing" if self.key_problem(row) else key,
-            "seconds": round(self._clock() - started, 3),
-            "served": served,
-            "not_served": [model for model in listed if model not in served and not reason],
-            "reason": reason,
-        }
+        report = {"provider": row.name, "key": key, "seconds": round(self._clock() - started, 3)}
+        listed = [] if reason else self.models[row.name]
+        served = [model for model in listed if f'"id": {json.dumps(model)}' in found]
+        gone = [model for model in listed if model not in served]
+        return {**report, "served": served, "not_served": gone, "reason": reason}
 
     def _get(self, row: Provider, path: str, deadline: float = math.inf) -> Json:
         """The JSON object of a GET. Raises a Failure."""
@@ -1282,10 +1269,6 @@ class FallbackLLM:
         if reply.status != 200 or not isinstance(body, dict):
             raise reply.judged(body)
         return body
-
-    def _count(self, *counts: int) -> None:
-        with self._lock:
-            self._stats = [old + new for old, new in zip(self._stats, counts)]
 
     def get_stats(self) -> dict[str, int]:
         """Counts since the last reset. A request is a question; 429 replies are rate-limited."""
@@ -1309,51 +1292,49 @@ class FallbackLLM:
             raise ValueError(f"{name} is not supported")
         model, timeout, more = fields.pop("model", None), fields.pop("timeout", None), bool(fields)
         said = conversation(question, fields.pop("system", None), fields.pop("messages", None))
+        limit = {"max_tokens": max_tokens} if fields.get("max_completion_tokens") is None else {}
         fields = {name: value for name, value in fields.items() if value is not None}
-        if "max_completion_tokens" not in fields:
-            fields["max_tokens"] = max_tokens
+        fields.update(limit, messages=said, stream=True)
         for name in {"max_tokens", "temperature"}.intersection(fields):
             checked(name, fields[name])
         timeout = self.timeout if timeout is None else checked("timeout", timeout)
         line = self._line(provider, model)
-        fields.update(messages=said, stream=True)
         if more:
             request_body(fields, line[0])  # ValueError for what JSON cannot carry
         return Question(fields, line, timeout, model is not None)
 
     def _line(self, provider: Any, model: Any) -> list[Turn]:
         """The candidates, in the order they are asked."""
-        rows = self.rows(provider)
+        rows, line = self.rows(provider), []
         is_id = model is None or (isinstance(model, str) and not is_blank(model))
         require(is_id, f"model must be the id of a model, not {model!r:.60}")
         prefix, _, rest = (model or "").partition(":")
         if rest and prefix.strip().lower() in self._rows:
-            named, model = self.rows(prefix), rest.strip()
-            is_of = provider is None or named[0] in rows
-            require(is_of, f"model {prefix}:{model} is not of provider {provider!r}")
-            rows = named
+            is_of = provider is None or self.rows(prefix)[0] in rows
+            require(is_of, f"model {model} is not of provider {provider!r}")
+            rows, model = self.rows(prefix), rest.strip()
         elif model:
             rows = [row for row in rows if model in self.models[row.name]] or rows
         keyed = [row for row in rows if not self.key_problem(row)]
         if not keyed:
             problems = "; ".join(f"{row.key_env} {self.key_problem(row)}" for row in rows)
             raise NoProviderError(f"no API key: {problems}", providers=[row.name for row in rows])
-        line = [t for row in keyed for t in turns(row, [model] if model else self.models[row.name])]
+        for row in keyed:
+            models = [model] if model else self.models[row.name]
+            line += [Turn(row, m, f"{place}/{len(models)}") for place, m in enumerate(models, 1)]
         require(line, f"models must name one: {', '.join(row.name for row in keyed)} has none")
         return line
 
     def rows(self, provider: Any = None) -> list[Provider]:
         """The rows of these providers (None: of all), in the order they are asked."""
         names = self.fallback_order if provider is None else provider
-        names = names.split(",") if isinstance(names, str) else names
-        names = names if isinstance(names, (list, tuple)) else [names]
-        rows = {str(name).strip().lower(): None for name in names}
-        is_known, known = bool(rows) and rows.keys() <= self._rows.keys(), ", ".join(self._rows)
+        text = ",".join(map(str, names)) if isinstance(names, (list, tuple)) else str(names)
+        rows, known = [name.strip().lower() for name in text.split(",")], ", ".join(self._rows)
+        is_known = self._rows.keys() >= set(rows)
         require(is_known, f"provider must be one or more of {known}, not {provider!r:.60}")
-        return [self._rows[name] for name in rows]
+        return [self._rows[name] for name in dict.fromkeys(rows)]
 
     def _shown(self, text: str) -> str:
-        """A server's text as it may be shown: a safe line without our keys."""
         return one_line(text, self.api_keys.values())
 
     def key_problem(self, row: Provider) -> str:
@@ -1370,33 +1351,12 @@ class FallbackLLM:
             self._transport.session.close()
 
 
-def turns(row: Provider, models: list[str]) -> list[Turn]:
-    return [Turn(row, model, f"{place}/{len(models)}") for place, model in enumerate(models, 1)]
-
-
-def end_of(
-    turn: Turn, reply: Reply, failure: Failure | None, live: bool, trail: list[Attempt], took: float
-) -> Any:
-    """How the question ends with this attempt: an Answer, an error; None: others may help."""
-    names: Any = {"provider": turn.row.name, "model": turn.model, "attempts": tuple(trail)}
-    text, reason = "".join(reply.text), reply.finish_reason or None
-    if failure is None:
-        return Answer(text=text, finish_reason=reason, usage=reply.usage, elapsed=took, **names)
-    if live and text:
-        return StreamInterrupted(f"{turn} broke off: {failure.reason}", partial=text, **names)
-    if failure.verdict is Verdict.REFUSED:
-        message = f"{turn.row.name} refused the question: {failure.reason}"
-        return AnswerRefused(message, reason=failure.reason, **names)
-    return None
-
-
-def pooled(
-    function: Callable[[Any], Any], arguments: Iterable[Any], workers: int, ahead: int = 4
-) -> Iterator[Any]:
+def pooled(function: Any, arguments: Iterable[Any], workers: int, ahead: int = 4) -> Iterator[Any]:
     """The results, in the order of the arguments, which are read only as far as needed."""
     from concurrent.futures import ThreadPoolExecutor
 
-    pool, futures = ThreadPoolExecutor(checked("workers", workers)), collections.deque()  # type: ignore
+    pool = ThreadPoolExecutor(checked("workers", workers))
+    futures: Any = collections.deque()
     try:
         for argument in arguments:
             futures.append(pool.submit(function, argument))
@@ -1408,58 +1368,6 @@ def pooled(
         for future in futures:
             future.cancel()
         pool.shutdown(wait=False)
-
-
-def chat_models(listed: Any, free_only: bool) -> list[str]:
-    """Ids in a provider's list of models that answer text with text, by what each entry says
-    (fields of Groq 2026-09, OpenRouter 2026-10) or else by its name.
-    """
-    models, listed = [], dig(listed, "data")
-    for model in listed if isinstance(listed, list) else ():
-        name, prices = dig(model, "id"), dig(model, "pricing")
-        kinds = dig(model, "output_modalities") or dig(model, "architecture", "output_modalities")
-        size = number(dig(model, "context_window") or dig(model, "context_length"))
-        is_free = isinstance(prices, dict) and set(map(number, prices.values())) == {0.0}
-        is_named = isinstance(name, str) and re.fullmatch(r"[\w./:@~+-]{1,200}", name)
-        is_chat = is_named and not re.search(NO_CHAT, name) and kinds in (None, ["text"])
-        if is_chat and not size <= 4096 and dig(model, "active") is not False:
-            models += [name] if is_free or not free_only else []
-    return models
-
-
-def tell_next(last: Turn | None, turn: Turn, wait: float) -> None:
-    """The documented lines before an attempt."""
-    if last is not None and str(last) != str(turn):
-        logger.info("🔄 %s failed, trying next model...", last)
-    if wait:
-        logger.info("⏳ Waiting %.2fs before retry...", wait)
-    if last is None or last.row is not turn.row:
-        logger.info("🔄 Trying provider: %s", turn.row.name)
-    if last is None or str(last) != str(turn):
-        logger.info("🎯 Trying %s model %s: %s", turn.row.name, turn.label, turn.model)
-
-
-def told(
-    turn: Turn,
-    reply: Reply,
-    failure: Failure | None,
-    config: RetryConfig,
-    slept: float,
-    took: float,
-) -> Attempt:
-    """The attempt, as it stands in the trail; with the documented lines after it."""
-    verdict, reason = (failure.verdict, failure.reason) if failure else (None, "")
-    count = turn.attempts + 1
-    if verdict is None:
-        logger.info("✅ Success with %s on attempt %d", turn, count)
-    else:
-        logger.warning("❌ Error in %s API request: %s", turn.row.name, reason)
-    if verdict is Verdict.DENIED and turn.row.key_env:
-        logger.warning("🔑 Check %s and the account: %s", turn.row.key_env, turn.row.key_url)
-    if verdict is not None and verdict.again and count >= config.max_attempts:
-        logger.info("🔄 %s exhausted all %d retry attempts", turn, count)
-    names = (turn.row.name, turn.model, count, reply.status)
-    return Attempt(*names, verdict, reason, slept, took)
 
 
 # --- 9. Command line ----------------------------------------------------------------------------
@@ -1503,57 +1411,47 @@ def parse(argv: list[str]) -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
-            unknown = re.search(r"unrecognized arguments:.*? (-\S+)", message)
-            near = get_close_matches(unknown.group(1), flags, 1, 0.5) if unknown else []
-            meant = "".join(f"did you mean {flag}? " for flag in near)
-            hint = f" ({meant}a question that begins with - goes after --)"
-            raise ValueError(message + hint * bool(unknown))
+            unknown = re.findall(r"unrecognized arguments:.*? (-\S+)", message)
+            near = get_close_matches(unknown[0], flags, 1, 0.5) if unknown else []
+            meant = f"did you mean {near[0]}? " if near else ""
+            hint = f" ({meant}a question that begins with - goes after --)" if unknown else ""
+            raise ValueError(message + hint)
 
-    parser, flags = Parser(usage="", add_help=False, allow_abbrev=False), []
+    parser, flags = Parser(usage="", add_help=False, allow_abbrev=False), [o[1] for o in OPTIONS]
     parser._negative_number_matcher = re.compile(r"-(\d+|\d*\.\d+|inf|nan)$")  # --base-delay -inf
     parser.add_argument("question", nargs="*")
-    for short, flag, value in OPTIONS:
-        flags.append(flag)
-        action = "store" if value else "store_true"
-        parser.add_argument(*filter(None, (short, flag)), action=action)
+    for *names, value in OPTIONS:
+        parser.add_argument(*filter(None, names), action="store" if value else "store_true")
     # the intermixed parse takes flags anywhere, but does not know "--"
     args = (parser.parse_args if "--" in argv else parser.parse_intermixed_args)(argv)
-    for name in NUMBERS.keys() & {name for name, text in vars(args).items() if text is not None}:
-        kind, text, flag = NUMBERS[name][0], getattr(args, name), "--" + name.replace("_", "-")
+    for name, (kind, _, _, allowed) in NUMBERS.items():
+        text, flag = getattr(args, name, None), "--" + name.replace("_", "-")
         try:
-            setattr(args, name, checked(name, kind(text)))
+            setattr(args, name, None if text is None else checked(name, kind(text)))
         except ValueError:
-            raise ValueError(f"{flag} must be {NUMBERS[name][3]}, not {text!r}") from None
-    if args.quiet and args.verbose:
-        raise ValueError("--quiet: not allowed with --verbose")
-    if (args.output or args.workers) and not args.batch:
-        raise ValueError("--output, --workers: only allowed with --batch")
-    if (args.question or args.file) and (args.check or args.list_models or args.batch):
-        words = " ".join(args.question) or f"--file {args.file}"
-        raise ValueError(f"--check, --list-models, --batch: not allowed with {words!r:.60}")
+            raise ValueError(f"{flag} must be {allowed}, not {text!r}") from None
+    require(not (args.quiet and args.verbose), "--quiet: not allowed with --verbose")
+    is_batch = args.batch or not (args.output or args.workers)
+    require(is_batch, "--output, --workers: only allowed with --batch")
+    words = " ".join(args.question) or "--file" * bool(args.file)
+    is_free = not words or not (args.check or args.list_models or args.batch)
+    require(is_free, f"--check, --list-models, --batch: not allowed with {words!r:.60}")
     return args
-
-
-class Stderr(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
 
 
 def say(line: str, end: str = "\n") -> None:
     """A line on stderr, without control characters; lost where there is no stderr."""
     try:
-        if sys.stderr is not None:
-            sys.stderr.write(line.translate(CONTROLS) + end)
-            sys.stderr.flush()
-    except (OSError, ValueError):  # full or closed
+        sys.stderr.write(line.translate(CONTROLS) + end)
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):  # full, closed or None
         sys.stderr = None
 
 
 def put(text: str) -> None:
     """Writes to stdout, in pieces: one big write may not notice that the reader has gone."""
     for start in range(0, len(text), 4096):
-        sys.stdout.write(text[start : start + 4096])
-        sys.stdout.flush()
+        print(text[start : start + 4096], end="", flush=True)
 
 
 def to_json(value: Any) -> str:
@@ -1569,65 +1467,57 @@ def decoded(data: bytes) -> str:
 
 
 def opened(flag: str, path: str, mode: str) -> Any:
-    """The file; ValueError if it cannot be opened. To write, it must be ours alone."""
+    """The file, or stdin; ValueError if it cannot be opened. To write, it must be ours alone."""
     try:
-        file = open(path, mode)  # noqa: SIM115 - whoever called closes it
+        file = open(0 if path == "-" else path, mode)  # noqa: SIM115 - whoever called closes it
         if mode != "rb":
             with contextlib.suppress(ImportError):  # Windows has none
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
     except BlockingIOError:
-        file.close()
         raise ValueError(f"{flag} {path}: another run is writing to it") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from None
-    return file
-
-
-def stdin_text() -> str:
-    """All of stdin; after two silent seconds it is told that it is waited for."""
-    if sys.stdin is None:
-        return ""
-    waiting = "waiting for piped input; use --no-stdin (or </dev/null) to skip"
-    timer = threading.Timer(2.0, say, [waiting])
-    timer.daemon = True
-    timer.start()
-    sys.stdin.buffer.peek(1)  # type: ignore[union-attr]
-    timer.cancel()
-    return decoded(sys.stdin.buffer.read())
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {error.strerror or error}") from None
 
 
 def question_of(args: Any) -> str:
     """The text of a file, then of a pipe, then the words. ValueError if there is nothing."""
     dash, parts = args.question[:1] == ["-"], []
-    words = args.question[dash:]
+    words, stdin = args.question[dash:], sys.stdin
     if args.file and args.file != "-":
         with opened("--file", args.file, "rb") as file:
             parts.append(decoded(file.read()))
-    piped = sys.stdin is not None and not sys.stdin.isatty() and not args.no_stdin
-    if dash or piped or args.file == "-":
-        parts.append(stdin_text())
+    is_piped = stdin is not None and not stdin.isatty() and not args.no_stdin
+    is_read = dash or is_piped or args.file == "-"
+    if is_read and stdin is not None:
+        waiting = "waiting for piped input; use --no-stdin (or </dev/null) to skip"
+        timer = threading.Timer(2.0, say, [waiting])  # seconds of silence
+        timer.daemon = True
+        timer.start()
+        stdin.buffer.peek(1)  # type: ignore[union-attr]
+        timer.cancel()
+        parts.append(decoded(stdin.buffer.read()))
     question = "\n\n".join(filter(None, (text.strip("\r\n") for text in [*parts, " ".join(words)])))
-    if not is_blank(question):
-        return question
-    if words or args.file or args.no_stdin:
-        raise ValueError("the question is empty")
-    usage = "\n".join(["no question", HELP.split("\n")[0], *re.findall("(?m)^  python .*", HELP)])
-    raise ValueError("no question: stdin was empty" if dash or piped else usage)
+    if is_blank(question):
+        require(not (words or args.file or args.no_stdin), "the question is empty")
+        usage = "\n".join(re.findall("(?m)^usage.*|^  python .*", HELP))
+        raise ValueError("no question" + (": stdin was empty" if is_read else "\n" + usage))
+    return question
 
 
-def record(result: Any, elapsed: float) -> Json:
+def record(result: Any, started: float) -> Json:
     """An Answer, or the error in its place, as JSON."""
-    failed = isinstance(result, FallbackLLMError)
-    trail = [dataclasses.asdict(attempt) for attempt in result.attempts]
-    for step in trail:
-        step["verdict"] = step["verdict"] and step["verdict"].word
-        step.update(waited=round(step["waited"], 3), elapsed=round(step["elapsed"], 3))
     names = ("provider", "model", "finish_reason", "usage", "retry_after")
-    said = {"answer": None if failed else result.text, "error": str(result) if failed else None}
+    error = str(result) if isinstance(result, FallbackLLMError) else None
+    said = {"answer": getattr(result, "text", None), "error": error}
     said.update((name, getattr(result, name, None) or None) for name in names)
-    return {**said, "attempts": trail, "elapsed_seconds": round(elapsed, 3)}
+    trail = [dict(vars(attempt)) for attempt in result.attempts]
+    for step in trail:
+        step.update(waited=round(step["waited"], 3), elapsed=round(step["elapsed"], 3))
+        step["verdict"] = step["verdict"] and step["verdict"].word
+    return {**said, "attempts": trail, "elapsed_seconds": round(time.monotonic() - started, 3)}
 
 
 def run(args: Any) -> int:
@@ -1637,23 +1527,22 @@ def run(args: Any) -> int:
         return 0
     if sys.stdout is None:
         raise OSError("stdout is closed: there is no place for the answer")
-    logger.addHandler(Stderr())
+    logger.addFilter(lambda record: say(record.getMessage()))  # type: ignore # and no handler
     silent = args.quiet or (args.batch and not args.verbose)
-    logger.setLevel(logging.CRITICAL if silent else logging.INFO)
-    if args.verbose:
-        say("🚀 Initializing Fallback LLM System...")
-    program = Program(args)
+    logger.setLevel("CRITICAL" if silent else "DEBUG" if args.verbose else "INFO")
+    logger.debug("🚀 Initializing Fallback LLM System...")
+    program = Program(args) if args.batch is None else Batch(args)
     with contextlib.closing(program.llm):
+        if args.check or args.list_models:
+            return program.check() if args.check else program.list_models()
         try:
-            if args.check or args.list_models:
-                return program.check() if args.check else program.list_models()
-            code = program.respond() if args.batch is None else Batch(program).run()
-        except NoProviderError as error:
+            code = program.respond()
+        except FallbackLLMError as error:
+            code = 1
             program.explain(error)
-            return 1
         if args.stats:
-            counts = program.llm.get_stats().items()
-            say("\n📊 Usage Statistics:" + "".join(f"\n   {name}: {n}" for name, n in counts))
+            say("\n📊 Usage Statistics:")
+            say("\n".join(f"   {name}: {n}" for name, n in program.llm.get_stats().items()))
         return code
 
 
@@ -1661,13 +1550,13 @@ class Program:
     """One run of the command line, whose options were checked."""
 
     def __init__(self, args: Any) -> None:
-        given = {name: value for name, value in vars(args).items() if value is not None}
-        config = {f.name: given[f.name] for f in dataclasses.fields(RetryConfig) if f.name in given}
+        config = {k: v for k, v in vars(args).items() if k in vars(RetryConfig()) and v is not None}
         config["jitter"] = not args.disable_jitter
-        names = ("provider", "model", "system", "temperature", "max_tokens")
-        self.args, self.common = args, {name: given[name] for name in names if name in given}
         self.llm = FallbackLLM(RetryConfig(**config), timeout=args.timeout)
-        self.rows = self.llm.rows(args.provider)
+        names = ("provider", "model", "system", "temperature")
+        self.common = {name: vars(args)[name] for name in names}
+        self.common["max_tokens"] = args.max_tokens or 500
+        self.args, self.rows = args, self.llm.rows(args.provider)
         for row in self.rows:
             problem = self.llm.key_problem(row)
             if problem and (args.verbose or "character" in problem):
@@ -1675,41 +1564,31 @@ class Program:
 
     def respond(self) -> int:
         """Asks one question and prints the answer. 0 if there is one."""
-        args, started, question = self.args, time.monotonic(), question_of(self.args)
-        if args.verbose:
-            names = [row.name for row in self.rows if not self.llm.key_problem(row)]
-            say(f"✅ Available providers: {', '.join(names)}")
-            say(f"❓ Question: {question}\n🤔 Thinking...")
-        try:
-            if args.stream and not args.json:
-                result: Any = self.show(self.llm.stream(question, **self.common))
-            else:
-                result = self.llm.complete(question, **self.common)
-                self.show(iter([] if args.json else [result.text]))
-        except FallbackLLMError as error:
-            result = error
+        question, started, args = question_of(self.args), time.monotonic(), self.args
+        names = ", ".join(row.name for row in self.rows if not self.llm.key_problem(row))
+        logger.debug("✅ Available providers: %s\n❓ Question: %s\n🤔 Thinking...", names, question)
+        asked: Json = {"question": question, **self.common}
+        is_live = args.stream and not args.json
+        result: Any = self.show(self.llm.stream(**asked)) if is_live else self.llm.result(asked)
         if args.json:
-            put(to_json(record(result, time.monotonic() - started)))
+            put(to_json(record(result, started)))
         if isinstance(result, FallbackLLMError):
-            self.explain(result)
-            return 1
-        if not args.quiet and result.finish_reason == "length":
-            say(f"✂️  answer cut at --max-tokens {args.max_tokens or 500}")
-        if not args.quiet:
-            say(f"\n⏱️  Response time: {result.elapsed:.2f}s")
+            raise result
+        self.show(iter([] if is_live or args.json else [result.text]))
+        if result.finish_reason == "length":
+            logger.info("✂️  answer cut at --max-tokens %d", args.max_tokens or 500)
+        logger.info("\n⏱️  Response time: %.2fs", result.elapsed)
         return 0
 
     def show(self, pieces: Iterator[str]) -> Any:
-        """Prints the pieces as they come, no blank lines before and one line end after. What the
-        iterator returns.
-        """
+        """Prints the pieces, less the blank lines around them. What the iterator returns."""
         held, begun = "", False
         try:
             while True:
                 held += next(pieces).translate(CONTROLS)
                 if not begun and held.strip():
                     held, begun = re.sub(r"\A\s*\n", "", held), True
-                    say("\n💡 Response:\n" * (not self.args.quiet), end="")
+                    logger.info("\n💡 Response:")
                 text = held.rstrip("\n") if begun else ""
                 held = held[len(text) :]
                 put(text)
@@ -1720,25 +1599,22 @@ class Program:
 
     def explain(self, error: FallbackLLMError) -> None:
         """Tells of a failure in at most ten lines: one for each provider, then the sum."""
-        is_keyless, last = (
-            isinstance(error, NoProviderError),
-            {a.provider: a for a in error.attempts},
-        )
+        is_keyless = isinstance(error, NoProviderError)
         if not is_keyless and (self.args.quiet or not isinstance(error, AllProvidersFailed)):
             return say(f"❌ {error}")
         rows = self.llm.rows(error.providers or self.args.provider)
+        last = {attempt.provider: attempt for attempt in error.attempts}
         if is_keyless:
-            keys = ", ".join(str(row.key_env) for row in rows)
-            say(f"❌ No API keys found! Please set environment variables:\n   {keys}")
+            say("❌ No API keys found! Please set environment variables:")
+            say("   " + ", ".join(str(row.key_env) for row in rows))
         for row in rows:
             problem, step = self.llm.key_problem(row), last.get(row.name)
             names = {"key": row.key_env, "url": row.key_url, "models": row.variable("MODELS")}
             if problem:
                 say(f"   {row.name}: {row.key_env} {problem} → get a key: {row.key_url}")
             elif step and step.verdict:
-                advice = step.verdict.advice.format(**names)
-                advice = "raise --timeout" if "time limit" in step.reason else advice
-                say(f"   {row.name} {step.model}: {step.reason} → {advice}")
+                advice = "raise --timeout" if "time limit" in step.reason else step.verdict.advice
+                say(f"   {row.name} {step.model}: {step.reason} → {advice.format(**names)}")
         if error.retry_after is not None:
             say(f"   the first limit ends in {math.ceil(error.retry_after)} s")
         one = f"   one is enough: export {rows[-1].key_env}=...   (or put it into .env)"
@@ -1750,93 +1626,74 @@ class Program:
         for report in reports if not self.args.json else ():
             served, gone = ", ".join(report["served"]), ", ".join(report["not_served"])
             line = "{provider}: key {key} ({seconds:.2f}s)".format(**report)
-            line += f"; served: {served}" * bool(served) + f"; not served: {gone}" * bool(gone)
-            put(
-                (line + "; " * bool(report["reason"]) + report["reason"]).translate(CONTROLS) + "\n"
-            )
+            parts = (line, served and f"served: {served}", gone and f"not served: {gone}")
+            put("; ".join(filter(None, (*parts, report["reason"]))).translate(CONTROLS) + "\n")
         put(to_json(reports) if self.args.json else "")
         return int(not any(report["served"] for report in reports))
 
     def list_models(self) -> int:
         """Prints the models that each provider serves, or where it cannot be asked, the listed."""
-        pairs = []
+        found: list[Json] = []
         for row in self.rows:
-            served = self.llm.served(row)
-            if not served and not self.args.quiet:
-                say(f"⚠️  {row.name} does not tell what it serves: these are the listed models")
-            pairs += [(row.name, model) for model in served or self.llm.models[row.name]]
-        objects = [{"provider": name, "model": model} for name, model in pairs]
-        lines = "".join(f"{name}\t{model}\n" for name, model in pairs)
-        put(to_json(objects) if self.args.json else lines)
+            name, models = row.name, self.llm.served(row)
+            if not models:
+                logger.info("⚠️  %s does not tell what it serves: these are the listed models", name)
+            found += [{"provider": name, "model": m} for m in models or self.llm.models[name]]
+        lines = "".join("{provider}\t{model}\n".format(**pair) for pair in found)
+        put(to_json(found) if self.args.json else lines)
         return 0
 
 
-class Batch:
-    """Questions from a file; each result is a line of JSON, written as it comes. The input is read
-    twice: to check every line before anything is sent, and to ask. What the output has an answer
-    for is not asked again.
-    """
+class Batch(Program):
+    """Questions from a file; each result is a line of JSON, written as it comes."""
 
-    def __init__(self, program: Program) -> None:
-        self.args, self.llm, self.common = program.args, program.llm, program.common
-        self.before: dict[Any, int] = {}  # answered by an earlier run: id -> hash of the question
-        self.counts: dict[str, int] = collections.Counter()  # by provider, and "failed"
-        self.total, self.stopped, self.lock = 0, False, threading.Lock()
-        self.write: Callable[[str], object] = put
-        self.started = self.told = time.monotonic()
-        self.redraws = sys.stderr is not None and sys.stderr.isatty()
-
-    def run(self) -> int:
-        """Asks what has no answer yet. 0 if now all have one."""
-        import shutil
+    def respond(self) -> int:
+        """Asks what has no answer yet, after every line was checked. 0 if now all have one."""
         import tempfile
 
+        self.before: dict[Any, int] = {}  # answered by an earlier run: id -> hash of the question
+        self.counts: dict[str, int] = collections.Counter()  # by provider, and "failed"
+        self.started = self.told = time.monotonic()
+        self.stopped, self.lock, self.write = False, threading.Lock(), put
+        redraws = sys.stderr is not None and sys.stderr.isatty()
+        self.line, self.end, self.pause = ("{:79.79}", "\r", 0.5) if redraws else ("{}", "\n", 10.0)
         with contextlib.ExitStack() as stack:
-            if self.args.batch == "-":
-                source = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(sys.stdin.buffer, source)
-            else:
-                source = stack.enter_context(opened("--batch", self.args.batch, "rb"))
+            source = stack.enter_context(opened("--batch", self.args.batch, "rb"))
+            if not source.seekable():
+                pipe, source = source, stack.enter_context(tempfile.TemporaryFile())
+                source.writelines(pipe)
             if self.args.output:
-                self.open_output(stack)
+                self.write = self.opened_output(stack)
             self.total = sum(1 for _ in self.questions(source))
             for _ in pooled(self.one, self.questions(source), self.args.workers or 8, ahead=1000):
                 pass
         failed, done = self.counts["failed"], sum(self.counts.values())
-        if failed or not self.args.quiet:
-            line = f"{done - failed} answered, {failed} failed, {len(self.before)} answered before"
-            say(line.ljust(79) if self.redraws else line)  # over the progress
+        line = f"{done - failed} answered, {failed} failed, {len(self.before)} answered before"
+        say((self.line.format(line) + "\n") * (failed > 0 or not self.args.quiet), end="")
         return int(failed > 0)
 
-    def open_output(self, stack: contextlib.ExitStack) -> None:
-        """Lets `write` add to the output, which is ours alone, without failed and torn lines."""
-        import shutil
-
-        path = os.path.realpath(self.args.output)
-        if path == os.path.realpath(self.args.batch):
-            raise ValueError(f"--output {path}: these are the questions")
+    def opened_output(self, stack: contextlib.ExitStack) -> Any:
+        """Writes to the output, which is ours alone, after it has lost failed and torn lines."""
+        path, source = os.path.realpath(self.args.output), os.path.realpath(self.args.batch)
+        require(path != source, f"--output {path}: these are the questions")
         file = stack.enter_context(opened("--output", path, "ab+"))
         if os.path.isfile(path):
-            part = f"{path}.{os.getpid()}.part"
-            old, file = file, stack.enter_context(opened("--output", part, "xb"))
-            stack.callback(lambda: os.path.exists(part) and os.unlink(part))  # type: ignore
-            shutil.copymode(path, part)
+            file.seek(0)
+            is_ours = b'{"id": '.startswith(file.read(7))
+            require(is_ours, f"--output {path}: not a file of answers, left as it is")
+            old, file = file, stack.enter_context(opened("--output", path + ".part", "wb"))
+            os.chmod(file.name, os.stat(path).st_mode & 0o777)
             old.seek(0)
             for line in old:
-                if line[:7] != b'{"id": '[: len(line)]:
-                    raise ValueError(f"--output {path}: not a file of answers, left as it is")
                 said = parsed(line) if line.endswith(b"\n") else None
                 name = dig(said, "id")
                 is_new = isinstance(name, (str, int)) and name not in self.before
                 if is_new and dig(said, "answer") is not None:
-                    self.before[name] = hash_of(said or {})
+                    self.before[name] = hash(str(dig(said, "question")))
                     file.write(line)
             file.flush()
-            os.replace(part, path)
-        self.write = lambda line: (
-            file.write(line.encode()),
-            file.flush(),
-        )  # one write of the system
+            os.replace(file.name, path)
+        return lambda line: (file.write(line.encode()), file.flush())  # one call of the system
 
     def questions(self, source: Any) -> Iterator[tuple[Any, Json]]:
         """(id, arguments) of each line that has no answer yet. ValueError names a wrong line."""
@@ -1849,28 +1706,26 @@ class Batch:
             try:
                 require(b"\0" not in line, "save the file as UTF-8")
                 fields = json.loads(text) if text[0] == "{" else {"question": text}
-                name = fields.pop("id", place)
-                if not isinstance(name, (str, int)) or isinstance(name, bool) or name in seen:
-                    raise ValueError(f"id must be a text or number of its own, not {name!r:.60}")
-                seen.add(name)
+                name, asked = fields.pop("id", place), hash(str(fields.get("question")))
                 fields = {**self.common, **fields}
+                is_id = type(name) in (str, int) and name not in seen
+                require(is_id, f"id must be a text or number of its own, not {name!r:.60}")
+                seen.add(name)
                 self.llm.checked_question(**fields)
-                if self.before.get(name, hash_of(fields)) != hash_of(fields):
-                    raise ValueError(f"the output answers another question under id {name!r}")
+                is_same = self.before.get(name, asked) == asked
+                require(is_same, f"the output answers another question under id {name!r}")
             except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"--batch {self.args.batch}: line {place}: {error}") from None
             if name not in self.before:
                 yield name, fields
 
     def one(self, question: tuple[Any, Json]) -> None:
-        """Asks a question and writes its line, and the progress: one line, redrawn on a terminal,
-        elsewhere a new one now and then.
-        """
+        """Asks a question and writes its line, and now and then the progress."""
         (name, fields), started = question, time.monotonic()
         with self.lock:
             if self.stopped:
                 return
-        found = record(self.llm.result(fields), time.monotonic() - started)
+        found = record(self.llm.result(fields), started)
         said = {key: fields[key] for key in ("messages", "question") if key in fields}
         with self.lock:
             self.stopped = True  # if the next line fails, nobody shall pay for more
@@ -1878,18 +1733,13 @@ class Batch:
             self.stopped = False
             self.counts["failed" if found["error"] else found["provider"]] += 1
             now, failed, done = time.monotonic(), self.counts["failed"], sum(self.counts.values())
-            if self.args.quiet or now - self.told < (0.5 if self.redraws else 10):
+            if self.args.quiet or now - self.told < self.pause:
                 return
             self.told, rate = now, done / (now - self.started)
             line = f"{done}/{self.total} done, {failed} failed, {rate:.1f}/s, "
             line += f"{(self.total - done) / rate:.0f} s left"
             line += "".join(f"; {k} {n}" for k, n in sorted(self.counts.items()) if k != "failed")
-            say(line[:79].ljust(79) if self.redraws else line, end="\r" if self.redraws else "\n")
-
-
-def hash_of(fields: Json) -> int:
-    """What tells one question of a batch from another."""
-    return hash(json.dumps([fields.get("question"), fields.get("messages")]))
+            say(self.line.format(line), self.end)
 
 
 if __name__ == "__main__":
