@@ -80,10 +80,13 @@ if __name__ == "__main__" and sys.argv[1:] in (["-h"], ["--help"], ["-V"], ["--v
     except OSError:
         pass  # main() says what is wrong
 
+import codecs
 import collections
 import contextlib
 import dataclasses
 import enum
+import io
+import itertools
 import json
 import logging
 import math
@@ -347,69 +350,66 @@ PROVIDERS = (
 # --- 4. Decisions: what a reply means, how long to wait, who is next. Pure ----------------------
 
 # A ruling is a verdict, and whether it holds for the whole provider.
-GONE, UNSUITABLE, REFUSED = ((Verdict[name], False) for name in ("GONE", "UNSUITABLE", "REFUSED"))
-LIMITED, FAULT = (Verdict.RATE_LIMITED, False), (Verdict.FAULT, False)
-ACCOUNT, DOWN, DENIED = ((v, True) for v in (Verdict.RATE_LIMITED, Verdict.FAULT, Verdict.DENIED))
+LIMITED, FAULT, UNSUITABLE, GONE, DENIED, REFUSED = ((v, v is Verdict.DENIED) for v in Verdict)
+ACCOUNT, DOWN = (Verdict.RATE_LIMITED, True), (Verdict.FAULT, True)
 # fmt: off
 CODES = (  # must fit whole; rate_limit_exceeded, tokens, requests, … say nothing
-    (GONE, r"model_(not_found|archived|decommissioned|deprecated)(_error)?|no_endpoints"),
-    (GONE, r"model_unavailable_upstream|free_variant_ended"),
-    (DENIED, r"(invalid|wrong)_api_key|payment_required(_error)?|insufficient_quota"),
-    (DENIED, r"organization_\w+|authentication(_error)?|permission_denied"),
-    (DENIED, r"openrouter_(credits|key_limit)|region_restricted|unsupported_country\w*"),
-    (DENIED, r"account_(closed|suspended|deactivated|disabled|restricted|inactive)"),
+    (GONE, r"model_(not_found|archived|decommissioned|deprecated|unavailable_upstream)(_error)?"),
+    (GONE, r"no_endpoints|free_variant_ended"),
+    (DENIED, r"(invalid|wrong)_api_key|(payment_required|authentication)(_error)?|"
+             r"insufficient_quota|organization_\w+|permission_denied|unsupported_country\w*|"
+             r"account_(closed|suspended|deactivated|disabled|restricted|inactive)|"
+             r"openrouter_(credits|key_limit)|region_restricted"),
     (REFUSED, r"content_(policy_violation|filter)|refusal|\w*moderation\w*"),
     (ACCOUNT, r"\w*in_flight_budget\w*|openrouter_free_tier\w*"),
     (LIMITED, r"(token|request)_quota_exceeded|capacity_exhausted"),
-    (FAULT, r"queue_exceeded|json_validate_failed|tool_use_failed|timeout"),
-    (FAULT, r"(internal_)?server_error|server|(\w+_)?(overloaded|unavailable)"),
-    (UNSUITABLE, r"context_length_exceeded|(max_tokens|token_limit)_exceeded|string_too_long"),
-    (UNSUITABLE, r"(payload|request)_too_large|privacy_restricted|constraint_filtered"),
-    (UNSUITABLE, r"(unsupported|wrong)_\w+|invalid_request|invalid_prompt|unprocessable"),
+    (FAULT, r"queue_exceeded|(json_validate|tool_use)_failed|timeout|(internal_)?server_error|"
+            r"server|(\w+_)?(overloaded|unavailable)"),
+    (UNSUITABLE, r"(context_length|max_tokens|token_limit)_exceeded|\w+_too_(long|large)|"
+                 r"privacy_restricted|constraint_filtered|unprocessable|invalid_(request|prompt)|"
+                 r"(unsupported|wrong)_\w+"),
 )
-MODEL = r"^(?!.*\b(parameter|tools?|property|field)\b).*\bmodels?\b.{0,120}\b"
-WORDS = (  # searched in the message: narrow ones, and what is permanent before what passes
+WORDS = (  # searched in the message: narrow, what is permanent first; then what passes
     (UNSUITABLE, r"request too large|\bdata policy\b|reduce the length of"),
     (UNSUITABLE, r"(maximum|exceeds?) .{0,40}context|context (length|window).{0,80}exceed"),
     (ACCOUNT, r"\bfree-models-per-"),
     (DOWN, r"check your network settings"),
-    (DENIED, r"insufficient (quota|credit|balance|fund)|exceeded your current quota"),
-    (DENIED, r"\boverdue\b|\bkey limit exceeded|credit balance is too low"),
+    (DENIED, r"insufficient (quota|credit|balance|fund)|exceeded your current quota|\boverdue\b"),
     (DENIED, r"(organization|account) (has been |is )?(restricted|suspended|flagged)"),
+    (DENIED, r"\bkey limit exceeded|credit balance is too low"),
     (GONE, r"is not a valid model id|no endpoints found for"),
-    (GONE, MODEL + r"(does not exist|not (be )?found|no longer|retired)"),
-    (GONE, MODEL + r"(archived|decommissioned|deprecated|discontinued)\b"),
-    (REFUSED, r"content (\w+ )?polic(y|ies)|safety (system|filter)|request blocked: "),
-    (REFUSED, r"(input|prompt|content|message|text) (was|is|were|has been) flagged"),
-    (REFUSED, r"flagged (by|for)"),
+    (GONE, r"^(?!.*\b(parameter|tools?|property|field)\b).*\bmodels?\b.{0,120}\b(does not exist|"
+           r"not (be )?found|no longer|retired|archived|decommissioned|deprecated|discontinued)"),
+    (REFUSED, r"content (\w+ )?polic(y|ies)|safety (system|filter)|request blocked: |flagged by|"
+              r"flagged for|(input|prompt|content|message|text) (was|is|were|has been) flagged"),
 )
-STATUSES = {
-    401: DENIED, 402: DENIED, 403: DENIED, 429: LIMITED,
-    **dict.fromkeys((408, 409, 424, 425, 498, 499), FAULT),
-}
+STATUSES = {3: DOWN, 4: UNSUITABLE, 401: DENIED, 402: DENIED, 403: DENIED, 429: LIMITED}
+STATUSES.update(dict.fromkeys((408, 409, 424, 425, 498, 499), FAULT))  # else by hundreds, or FAULT
 # fmt: on
-HUNDREDS = {3: DOWN, 4: UNSUITABLE}  # for the other statuses; else FAULT
 RELAYED = "Provider returned error"  # what a router says of its supplier's error
 LONG = r"(?is)^(?!.*per.min).*(\bper[ -](hour|day|week|month)|\b(hourly|daily|monthly)\b)"
 PAGE = r"(?is)^\s*<(?:!doctype|html|head).*?(?:<title[^>]{0,200}>\s*(.{0,200}?)\s*</title>.*|$)"
+UNITS = {"ms": 0.001, "milli": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+PART = r"(\d+(?:\.\d+)?)(?: ?(ms|milli|[shd]|m(?!o))[a-z]*|(?![\w:-]|[.,]\d| (?:week|month|year)))"
+AGAIN = r"\b(?:(?:again|retry|resets?) (?:in|after)|wait(?: for)?) (?:about )?"
 
 
 def judge(status: int, headers: Mapping[str, str], body: Any, now: float) -> Failure:
-    """What a reply that is no answer means: codes first, then words, then the status (of HTTP;
-    below 300 for an error inside a reply). headers: names in lower case. body: parsed JSON or
-    text. now: epoch seconds. By recorded replies and documents of the three, 2025 to October 2026.
+    """What a reply that is no answer means: by codes, else words, else the status (below 300: an
+    error inside a reply). headers: in lower case. body: parsed JSON or text. now: epoch seconds.
     """
     from http.client import responses
 
     error = Evidence(body)
     code = status if status >= 300 else error.status
-    by_status = STATUSES.get(code) or HUNDREDS.get(code // 100, FAULT)
-    if not code and re.search(r"(?i)rate.?limit|too.many.requests", error.text):
-        by_status = LIMITED
-    verdict, wide = error.ruling(code) or by_status
-    if error.message.startswith(RELAYED):  # of its model alone, and nothing of our key
-        verdict = verdict if (verdict, wide) in (UNSUITABLE, GONE, REFUSED) else by_status[0]
-        verdict, wide = Verdict.FAULT if verdict is Verdict.DENIED else verdict, False
+    is_limit = not code and re.search(r"(?i)rate.?limit|too.many.requests", error.text)
+    by_status = LIMITED if is_limit else STATUSES.get(code) or STATUSES.get(code // 100, FAULT)
+    found = [r for c in error.codes for r, w in CODES if re.fullmatch(w, c, re.I)]
+    words = [r for r, w in WORDS if re.search(w, error.message, re.I)]
+    found += [r for r in words if r != REFUSED or code < 500]  # 5xx: the moderation is down
+    verdict, wide = [*found, by_status][0]
+    if error.message.startswith(RELAYED) and (verdict, wide) not in (UNSUITABLE, GONE, REFUSED):
+        verdict, wide = Verdict.FAULT if by_status is DENIED else by_status[0], False  # not our key
     if verdict is Verdict.RATE_LIMITED and headers.get("x-should-retry") == "false":
         verdict = Verdict.FAULT
     hint = error.hint(headers, now, verdict is Verdict.RATE_LIMITED) if verdict.again else None
@@ -435,69 +435,42 @@ class Evidence:
                     value, opens = parsed(value) if isinstance(value, str) else value, True
                 (parts if opens else get(name.lower())).append(value)
         said = filter(None, get("message") or get("error") or get("detail"))
-        texts = [text if isinstance(text, str) else json.dumps(text) for text in said]
+        texts = (text if isinstance(text, str) else json.dumps(text) for text in said)
         pages = dict.fromkeys(re.sub(PAGE, r"HTML page: \1", text[:4000]) for text in texts)
         self.message = ": ".join(pages)
         names = ("limit_source", "code", "error", "error_type", "type")
         self.codes = [c for name in names for c in reversed(get(name)) if isinstance(c, str)]
-        if any(get("reasons") + get("flagged_input") + get("patterns")):
-            self.codes.append("moderation")
+        self.codes += ["moderation"] * any(get("reasons") + get("flagged_input") + get("patterns"))
         statuses = map(number, get("status_code") + get("code") + get("http_status"))
         self.status = next((int(status) for status in statuses if 400 <= status <= 599), 0)
         self.said = self.message or " ".join(self.codes)
         self.text = " ".join([self.message, *self.codes])
 
-    def ruling(self, status: int) -> tuple[Verdict, bool] | None:
-        """By the first code, else the first words, that are known."""
-        codes = (r for c in self.codes for r, pattern in CODES if re.fullmatch(pattern, c, re.I))
-        words = (r for r, pattern in WORDS if re.search(pattern, self.message, re.I))
-        down = status >= 500  # then it is the moderation that failed
-        return next(codes, None) or next((r for r in words if r is not REFUSED or not down), None)
-
     def hint(self, headers: Mapping[str, str], now: float, is_limit: bool) -> float | None:
         """Seconds after which the server wants to be asked again: the best source that is valid."""
-        found, date = [number(headers.get("retry-after-ms")) / 1000], moment(headers.get("date"))
-        names = ("retry_after_seconds", "retry_after", "retry-after")
+        names, date = ("retry_after_seconds", "retry_after", "retry-after"), headers.get("date")
+        there = now if math.isnan(number(date, True)) else number(date, True)  # by its clock
+        found = [number(headers.get("retry-after-ms")) / 1000]
         fields = [value for name in names for value in reversed(self.fields[name])]
         for value in [headers.get("retry-after"), *fields]:
-            found += [number(value), moment(value) - (now if math.isnan(date) else date)]
-        found.append(duration(self.message))
-        for reset in [
-            *self.fields["x-ratelimit-reset"],
-            headers.get("x-ratelimit-reset"),
-        ] * is_limit:
-            found.append(number(reset) / (1000 if number(reset) > 1e11 else 1) - now)
+            found += [number(value), number(value, True) - there]
+        said = re.search(f"{AGAIN}((?:{PART},? ?(?:and )?)+)", self.message, re.I)
+        parts = re.findall(PART, said.group(1), re.I) if said else []
+        found += [sum(float(count) * UNITS[unit.lower()] for count, unit in parts)] * bool(parts)
+        resets = [*self.fields["x-ratelimit-reset"], headers.get("x-ratelimit-reset")]
+        found += [r / (1000 if r > 1e11 else 1) - now for r in map(number, resets * is_limit)]
         found += [3600.0] * bool(is_limit and re.match(LONG, self.text))
         return next((seconds for seconds in found if 0 <= seconds <= MAX_HINT), None)
 
 
-def number(value: Any) -> float:
-    """The value as a finite number; nan for anything else."""
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if math.isfinite(float(value)) and not isinstance(value, bool):
-            return float(value)
-    return math.nan
-
-
-def moment(date: Any) -> float:
-    """Epoch seconds of an HTTP date; nan for anything else."""
+def number(value: Any, is_date: bool = False) -> float:
+    """The value as a number, an HTTP date as epoch seconds; nan for anything else."""
     from email.utils import mktime_tz, parsedate_tz
 
     with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError, AttributeError):
-        return mktime_tz(parsedate_tz(date))
+        if not isinstance(value, bool):
+            return float(mktime_tz(parsedate_tz(value)) if is_date else value)
     return math.nan
-
-
-UNITS = {"ms": 0.001, "milli": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-PART = r"(\d+(?:\.\d+)?)(?: ?(ms|milli|[shd]|m(?!o))[a-z]*|(?![\w:-]|[.,]\d| (?:week|month|year)))"
-AGAIN = r"\b(?:(?:again|retry|resets?) (?:in|after)|wait(?: for)?) (?:about )?"
-
-
-def duration(message: str) -> float:
-    """Seconds in "try again in 1m26.4s", "in 850ms", "retry after 40 seconds"; else nan."""
-    said = re.search(f"(?i){AGAIN}((?:{PART},? ?(?:and )?)+)", message)
-    parts = re.findall("(?i)" + PART, said.group(1)) if said else []
-    return sum(float(count) * UNITS[unit.lower()] for count, unit in parts) if parts else math.nan
 
 
 def dig(value: Any, *path: str | int) -> Any:
@@ -511,10 +484,9 @@ def dig(value: Any, *path: str | int) -> Any:
 def parsed(body: str | bytes) -> Any:
     """The body as JSON, else as text; never an error."""
     text = body if isinstance(body, str) else body.decode("utf-8-sig", "replace")
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    return text
 
 
 def backoff(config: RetryConfig, failures: int) -> float:
@@ -524,9 +496,7 @@ def backoff(config: RetryConfig, failures: int) -> float:
 
 
 def next_turn(waits: list[tuple[Turn, float]], limit: float) -> tuple[Turn | None, float]:
-    """Who of the line is asked next, and the wait before: the first whose wait is within its
-    patience, else who is ready soonest. None if no wait is within the limit.
-    """
+    """Who is asked next, and the wait before: the first within its patience, else the soonest."""
     patient = ((turn, wait) for turn, wait in waits if wait <= min(turn.patience, limit))
     turn, wait = next(patient, min(waits, key=lambda pair: pair[1], default=(None, math.inf)))
     return (turn, wait) if wait <= limit else (None, 0.0)
@@ -535,23 +505,20 @@ def next_turn(waits: list[tuple[Turn, float]], limit: float) -> tuple[Turn | Non
 def line_after(
     line: list[Turn], asked: Turn, failure: Failure, config: RetryConfig, now: float, chance: float
 ) -> list[Turn]:
-    """The line after a failure: whom it reaches is out, or keeps its place if the wait is within
-    its patience, else gets the last. chance: 0 to 1, for the jitter.
-    """
+    """The line after a failure: whom it reaches is out, keeps its place or gets the last."""
     after, end = [], 1 + max(turn.place for turn in line)
     for turn in line:
-        attempts = turn.attempts + 1
+        tries = turn.attempts + 1
         if turn is not asked and not (failure.wide and turn.row is asked.row):
             after.append(turn)
-        elif failure.verdict.again and attempts < config.max_attempts:
-            wait = backoff(config, attempts) * (0.8 + 0.2 * chance if config.jitter else 1.0)
-            wait = max(wait, failure.hint or 0.0)
+        elif failure.verdict.again and tries < config.max_attempts:
+            jitter = 0.8 + 0.2 * chance if config.jitter else 1.0
+            wait = max(backoff(config, tries) * jitter, failure.hint or 0.0)
             # as long as all the waits that are left for it: a longer one gains nothing
-            patience = sum(backoff(config, n) for n in range(attempts, config.max_attempts))
+            patience = sum(backoff(config, n) for n in range(tries, config.max_attempts))
             stays = failure.verdict is Verdict.RATE_LIMITED and not config.eager
             place, patience = (turn.place, patience) if stays and wait <= patience else (end, 0.0)
-            names = (turn.row, turn.model, turn.label)
-            after.append(Turn(*names, attempts, now + wait, patience, place))
+            after.append(Turn(turn.row, turn.model, turn.label, tries, now + wait, patience, place))
     return after
 
 
@@ -559,14 +526,11 @@ def line_after(
 
 
 def request_body(fields: Json, turn: Turn) -> bytes:
-    """The request for this candidate, with the defaults of its row. ValueError if JSON cannot carry
-    it. Lone surrogates are replaced: Cerebras refuses them (2026-09).
-    """
-    body = {"model": turn.model}
-    for word, parameters in turn.row.defaults.items():
-        body.update(parameters if word in turn.model else {})
+    """The request for this candidate, without lone surrogates: Cerebras refuses them (2026-09)."""
+    rows = [row for word, row in turn.row.defaults.items() if word in turn.model]
+    body = dict(collections.ChainMap(fields, *rows[::-1], {"model": turn.model}))
     try:
-        text = json.dumps({**body, **fields}, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(body, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the question cannot be sent as JSON: {error}") from None
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
@@ -575,14 +539,11 @@ def request_body(fields: Json, turn: Turn) -> bytes:
 def conversation(question: Any, system: Any, messages: Any) -> list[Json]:
     """The messages to send: system, those so far, the question. ValueError if there is nothing."""
     for name, text in (("question", question), ("system", system)):
-        is_text = text is None or isinstance(text, str)
-        require(is_text, f"the {name} must be text, not {text!r:.60}")
+        require(text is None or isinstance(text, str), f"the {name} must be text, not {text!r:.60}")
     said = list(messages) if isinstance(messages, (list, tuple)) else []
-    are_said = said and all(isinstance(dig(message, "role"), str) for message in said)
-    problem = f"messages must be a list of dicts with a role, not {messages!r:.60}"
-    require(messages is None or are_said, problem)
-    is_asked = not is_blank(question or "") or (question is None and said)
-    require(is_asked, "the question is empty")
+    is_right = messages is None or (said and all(isinstance(dig(m, "role"), str) for m in said))
+    require(is_right, f"messages must be a list of dicts with a role, not {messages!r:.60}")
+    require(said if question is None else not is_blank(question), "the question is empty")
     first, last = {"role": "system", "content": system}, {"role": "user", "content": question}
     return [first] * bool(system) + said + [last] * (question is not None)
 
@@ -592,67 +553,34 @@ def is_blank(text: str) -> bool:
     return not any(char.isprintable() and not char.isspace() for char in text)
 
 
-def lines_in(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines, ended by LF, CR LF or CR, of bytes that may be cut anywhere."""
-    rest = bytearray()
-    for chunk in chunks:
-        end = max(chunk.rfind(b"\n"), chunk.rfind(b"\r", 0, -1)) + 1  # CR LF may be cut in two
-        if end:
-            yield from (bytes(rest) + chunk[:end]).splitlines()
-            rest.clear()
-        rest += chunk[end:]
-    yield from bytes(rest).splitlines()
-
-
-def events_in(chunks: Iterable[bytes]) -> Iterator[tuple[bytes | None, bytes]]:
-    """(kind, data) of each server-sent event, as soon as it is complete; or, where there is none,
-    the plain body as one whose kind is None.
-    """
-    kind, data, is_stream = b"", [], False  # type: bytes, list[bytes], bool
-    for line in lines_in(chunks):
-        line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            data.append(value[value[:1] == b" " :])
-            is_stream = True
-        elif field == b"event":
-            kind, is_stream = value.strip(), True
-        elif not line and is_stream:
-            if any(data):
-                yield kind, b"\n".join(data)
-            kind, data = b"", []
-        elif not is_stream and field not in (b"", b"id", b"retry"):
-            data.append(line)
-    if any(data):
-        yield kind if is_stream else None, b"\n".join(data)
-
-
-def past_thinking(text: str) -> tuple[str | None, str]:
-    """(what is held back of an answer's beginning, as it is or may become <think>…</think>; None
-    from the first text on, the text behind it).
-    """
-    start = text.lstrip()
-    if not start.startswith("<think>"):
-        return (text, "") if "<think>".startswith(start) else (None, text)
-    inside, closed, rest = start[7:].partition("</think>")
-    if rest.strip():
-        return None, rest.lstrip()
-    return "<think></think>" if closed else "<think>" + inside[-7:], ""  # -7: half a tag
+def events_in(chunks: Iterable[bytes]) -> Iterator[tuple[str | None, str]]:
+    """(kind, data) of each server-sent event, once complete; if there is none, the plain body."""
+    whole = itertools.chain(chunks, [b"\n\n"])  # the last event may lack its blank line
+    newlines, rest, plain, is_stream = io.IncrementalNewlineDecoder(None, True), "", "", False
+    for text in map(newlines.decode, codecs.iterdecode(whole, "utf-8-sig", "surrogateescape")):
+        rest += text
+        *blocks, rest = rest.split("\n\n") if "\n" in text else [rest]
+        for block in blocks:
+            fields = [line.partition(":") for line in block.split("\n")]
+            data = "\n".join(value for name, _, value in fields if name == "data").strip()
+            if data:
+                is_stream = True
+                yield "".join(v.strip() for name, _, v in fields if name == "event"), data
+            plain += "" if is_stream else block + "\n\n"
+    if not is_stream:
+        yield None, re.sub("(?m)^(:|(data|event|id|retry)(:|$)).*", "", plain).strip()
 
 
 class Reply:
     """One exchange, as it goes: how long it may, what came over the wire, what that means."""
 
     def __init__(self, clock: Clock, silence: float, deadline: float, epoch: float) -> None:
-        self.status: int | None = None
-        self.headers: Mapping[str, str] = {}  # names in lower case
-        self.text: list[str] = []
-        self.usage: Json = {}
-        self.is_over = False  # all that matters has come; whatever breaks from now on does not
         self._clock, self._silence, self._deadline, self._epoch = clock, silence, deadline, epoch
-        self._until = clock() + silence
+        self._until, self.is_over = clock() + silence, False  # over: all that matters has come
+        self.status, self.headers = None, {}  # type: int | None, Mapping[str, str]
+        self.text, self.usage = [], {}  # type: list[str], Json
         self._ended = self._thought = False  # [DONE] was said, or a plain body is complete
-        self.finish_reason = self._broken = self._refusal = ""  # what is wrong with it
+        self.finish_reason = self._held = self._broken = self._refusal = ""
 
     def left(self) -> float:
         """Seconds that the next read may take; raises a Failure when nothing is left."""
@@ -677,78 +605,64 @@ class Reply:
             self._until = self._clock() + min(self._silence, GRACE if is_over else math.inf)
 
     def read(self, chunks: Iterable[bytes]) -> Iterator[str]:
-        """The text of each event as it completes, "" if it has none. Raises the Failure that an
-        event, or the status, tells of.
-        """
-        held: str | None = ""
+        """The text of each event as it completes, "" if it has none. Raises a Failure."""
         for kind, data in events_in(chunks):
-            text = self._take(kind, data)
-            if held is not None:
-                held, text = past_thinking(held + text)
-            self.text += [text] if text else []
+            said = parsed(data)
+            if not 200 <= (self.status or 0) < 300:
+                raise self.judged(said)
+            self._ended = self._ended or said == "[DONE]"
+            text = "" if self._ended or kind == "ping" or not data else self._take(kind, data, said)
+            if not self.text:  # it may begin with <think>…</think>, cut anywhere
+                self._held += text
+                may_think = "<think>".startswith(self._held.lstrip()[:7])
+                text = self._held.partition("</think>")[2].lstrip() if may_think else self._held
+            self.text += [text] * bool(text)
             yield text
             self.heard(bool(self.finish_reason or self._ended))  # not the caller's time
-        if not 200 <= (self.status or 0) < 300:
-            raise self.judged("")
-        self._thought = self._thought or (held or "").startswith("<think>")
-        if held and not is_blank(held) and not held.startswith("<think>"):
-            self.text.append(held)
-            yield held
+        self._thought |= "<think>" in self._held
+        if self._held.strip() and not self.text and "<think>" not in self._held:
+            self.text.append(self._held)
+            yield self._held
 
-    def _take(self, kind: bytes | None, data: bytes) -> str:
+    def _take(self, kind: str | None, data: str, said: Any) -> str:
         """The text in an event or a plain body; what else it says is noted."""
-        if not 200 <= (self.status or 0) < 300:
-            raise self.judged(parsed(data))
-        self._ended = self._ended or data.strip() in (b"[DONE]", b'"[DONE]"')
-        if self._ended or kind == b"ping":
-            return ""
-        try:
-            said, self._ended = parsed(data.decode()), kind is None
-        except UnicodeDecodeError:
-            raise Failure(Verdict.FAULT, "the answer is not UTF-8") from None
+        if re.search(r"[\udc80-\udcff]", data):
+            raise Failure(Verdict.FAULT, "the answer is not UTF-8")
+        self._ended = kind is None
         choice, groq = dig(said, "choices", 0), dig(said, "x_groq")
         reason, usage = dig(choice, "finish_reason"), dig(said, "usage") or dig(groq, "usage")
         error = dig(said, "error") or dig(choice, "error") or dig(groq, "error")
-        if choice is None and not error and isinstance(said, (dict, list)):
-            error = Evidence(said).message and said  # flat, or in a list
-        if error or kind == b"error" or reason == "error":
-            native = dig(choice, "native_finish_reason") or "finish_reason error"
-            error = error or (native if reason == "error" else said)
-            raise self.judged({"error": error, "status_code": dig(said, "status_code")})
+        if reason == "error":
+            error = error or dig(choice, "native_finish_reason") or "finish_reason error"
+        is_flat = choice is None and not isinstance(said, str) and Evidence(said).message
+        if error or is_flat or kind == "error":
+            raise self.judged({"error": error or said, "status_code": dig(said, "status_code")})
         if not isinstance(said, dict) and not self.finish_reason:
             self._broken = self._broken or "no answer in the reply: " + Evidence(said).said
         self.finish_reason = reason if reason and isinstance(reason, str) else self.finish_reason
         self.usage = figures(usage) if isinstance(usage, dict) else self.usage
         message = dig(choice, "delta") or dig(choice, "message")
-        thinking = dig(message, "reasoning") or dig(message, "reasoning_content")
-        self._thought = self._thought or bool(thinking)
-        self._refusal += text_of(dig(message, "refusal"))
-        return text_of(dig(message, "content"))
+        self._thought |= bool(dig(message, "reasoning") or dig(message, "reasoning_content"))
+        content, refusal = dig(message, "content"), dig(message, "refusal")
+        self._refusal += refusal if isinstance(refusal, str) else ""
+        texts = [dig(part, "text") for part in content] if isinstance(content, list) else [content]
+        return "".join(text for text in texts if isinstance(text, str))
 
     def failure(self, live: bool) -> Failure | None:
         """Why this is no whole answer; None if it is one. Live, what was broken is skipped."""
-        verdict, reason, blank = Verdict.FAULT, "", is_blank("".join(self.text))
-        if self.finish_reason == "content_filter" or (self._refusal and not self.text):
-            verdict = Verdict.REFUSED
-            reason = self._refusal or "a content filter stopped the answer"
-        elif self._broken and not (live and self.text):
-            reason = self._broken
-        elif not self._ended and not self.finish_reason:
-            reason = (
-                "the answer was cut: it has no end" if self.text else "the reply holds no answer"
-            )
-        elif blank and self.finish_reason == "length":
-            verdict = Verdict.UNSUITABLE
-            reason = "max_tokens was used up before the answer began: raise max_tokens"
-        elif blank:
-            reason = "only reasoning came, no answer" if self._thought else "the answer is empty"
-        return Failure(verdict, reason) if reason else None
-
-
-def text_of(content: Any) -> str:
-    """The text of a message's content: a string, or a list of parts."""
-    parts = [dig(part, "text") for part in content] if isinstance(content, list) else [content]
-    return "".join(part for part in parts if isinstance(part, str))
+        fault, end, blank = Verdict.FAULT, self.finish_reason, is_blank("".join(self.text))
+        is_refused = end == "content_filter" or (self._refusal and not self.text)
+        cut = "the answer was cut: it has no end" if self.text else "the reply holds no answer"
+        used_up = "max_tokens was used up before the answer began: raise max_tokens"
+        empty = "only reasoning came, no answer" if self._thought else "the answer is empty"
+        reasons = (
+            (is_refused, Verdict.REFUSED, self._refusal or "a content filter stopped the answer"),
+            (self._broken and not (live and self.text), fault, self._broken),
+            (not self._ended and not end, fault, cut),
+            (blank and end == "length", Verdict.UNSUITABLE, used_up),
+            (blank, fault, empty),
+        )
+        return next((Failure(verdict, why) for holds, verdict, why in reasons if holds), None)
 
 
 def figures(usage: Json, deep: bool = True) -> Json:
@@ -759,9 +673,6 @@ def figures(usage: Json, deep: bool = True) -> Json:
     return {**numbers, **inner}
 
 
-SECRETS = r"(?i)\b(csk-|gsk_|sk-)[\w-]{8,}|(?<=bearer )[\w.~+/=-]{8,}|(?<=://)[^/@\s]+(?=@)"
-
-
 def clean(value: str | None) -> str:
     """A value without the quotes and white space that come along when it is pasted."""
     return (value or "").strip(" \t\r\n\"'")
@@ -769,10 +680,11 @@ def clean(value: str | None) -> str:
 
 def one_line(text: str, keys: Iterable[str | None] = ()) -> str:
     """A server's text as one short line that is safe to show: no control characters, keys, ids."""
+    known = r"(?i)\b(csk-|gsk_|sk-)[\w-]{8,}|(?<=bearer )[\w.~+/=-]{8,}|(?<=://)[^/@\s]+(?=@)"
     line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     for key in sorted(map(clean, keys), key=len, reverse=True):
         line = re.sub(re.escape(key), "[key]", line, flags=re.I) if len(key) >= 4 else line
-    line = re.sub(r"\b(org|user)_\w+", r"\1_[id]", re.sub(SECRETS, "[key]", line))
+    line = re.sub(r"\b(org|user)_\w+", r"\1_[id]", re.sub(known, "[key]", line))
     return line if len(line) <= 300 else line[:299] + "…"
 
 
@@ -1637,7 +1549,7 @@ class Program:
         for row in self.rows:
             name, models = row.name, self.llm.served(row)
             if not models:
-                logger.info("⚠️  %s does not tell what it serves: these are the listed models", name)
+                logger.info("⚠️  %s does not tell what it serves; these are listed here:", name)
             found += [{"provider": name, "model": m} for m in models or self.llm.models[name]]
         lines = "".join("{provider}\t{model}\n".format(**pair) for pair in found)
         put(to_json(found) if self.args.json else lines)

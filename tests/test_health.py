@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,16 +63,29 @@ class Story:
         self.memory.record(turn(model), failure, RetryConfig(), since)
         return self
 
+    def line(self, at: float, *turns: Turn) -> list[tuple[Turn, float]]:
+        """Who would be asked one after the other, and the wait for each; nobody gets a lease."""
+        self.now, line, asked = at, [*turns] or [turn(n) for n in ("a1", "a2", "b1")], []
+        leases = {mark: mark.probed_until for mark in self.memory._marks.values()}
+        while line:
+            # patience without end: not the wait, but the place and the marks give the order
+            chosen, wait = self.memory.next(
+                [replace(each, patience=1e9) for each in line], 1e9, 1e9
+            )
+            for mark, until in leases.items():
+                mark.probed_until = until
+            (chosen,) = [each for each in line if chosen and each.label == chosen.label]
+            line.remove(chosen)
+            asked.append((chosen, wait))
+        return asked
+
     def order(self, at: float, *turns: Turn) -> str:
         """Who is asked in which order, all that wait alike."""
-        self.now = at
-        line = self.memory.waits([*turns] or [turn(n) for n in ("a1", "a2", "b1")])
-        return " ".join(each.label for each, _ in line)
+        return " ".join(each.label for each, _ in self.line(at, *turns))
 
     def waits(self, at: float, *turns: Turn) -> list[float]:
         """Of a1, a2, b1."""
-        self.now = at
-        line = self.memory.waits([*turns] or [turn(n) for n in ("a1", "a2", "b1")])
+        line = self.line(at, *turns)
         return [wait for _, wait in sorted(line, key=lambda pair: pair[0].label)]
 
     def ready_at(self, model: str) -> float:

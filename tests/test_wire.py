@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any, Iterable
 
+import fakes
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,6 @@ from fallback_llm import (
     Reply,
     Turn,
     Verdict,
-    chat_models,
     conversation,
     figures,
     is_blank,
@@ -429,8 +429,14 @@ def test_chat_models() -> None:
         {"id": "i", "output_modalities": ["audio"]},
         {"id": "j", "architecture": {"output_modalities": ["text", "image"]}},
     ]
-    assert chat_models({"data": listed}, free_only=False) == ["a", "b", "c", "d", "e"]
-    assert chat_models({"data": listed}, free_only=True) == ["c"]
+
+    def served(body: Any, free_only: bool) -> list[str]:
+        rows = [fakes.row("p", "m", free_only=free_only)]
+        world = fakes.World({"p/models": [fakes.Reply(200, body)]}, providers=rows)
+        return world.llm.served(world.llm.rows()[0])
+
+    assert served({"data": listed}, free_only=False) == ["a", "b", "c", "d", "e"]
+    assert served({"data": listed}, free_only=True) == ["c"]
     nothings: list[Any] = [None, "", [], {}, {"data": None}, {"data": []}, {"data": [{"id": "?"}]}]
     for nothing in nothings:
-        assert chat_models(nothing, free_only=False) == []
+        assert served(nothing, free_only=False) == []
