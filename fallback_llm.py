@@ -123,7 +123,6 @@ logger.addHandler(logging.NullHandler())
 
 
 # --- 1. Vocabulary ------------------------------------------------------------------------------
-
 NUMBERS = {  # name: type, lowest, highest, what is allowed in words
     "max_tokens": (int, 1, 1000000, "a whole number >= 1, at most 1000000"),
     "max_attempts": (int, 1, 1000, "a whole number >= 1, at most 1000"),
@@ -208,9 +207,7 @@ class Verdict(enum.Enum):
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class Failure(Exception):
-    """Why an attempt gave no answer. Raised where it is seen, caught in the walk."""
-
+class Failure(Exception):  # raised where it is seen, caught in the walk
     verdict: Verdict
     reason: str
     wide: bool = False  # holds for all models of the provider
@@ -302,7 +299,6 @@ class FallbackLLMError(Exception):
     retry_after: float | None = None  # AllProvidersFailed: seconds, if a server said when to come
     reason = ""  # AnswerRefused: the provider's own
     partial = provider = model = ""  # StreamInterrupted: the text so far, and whose it is
-    providers: tuple[str, ...] = ()  # NoProviderError: the names of those that were chosen
 
     def __init__(self, message: str = "", **evidence: Any) -> None:
         super().__init__(message)
@@ -326,7 +322,6 @@ class StreamInterrupted(FallbackLLMError):
 
 
 # --- 3. Providers: ids as of October 2026. When all of a row are gone, its list is asked for ----
-
 # gpt-oss thinks before it answers, and a small max_tokens would go into thinking alone
 BRIEF = {"gpt-oss": {"reasoning_effort": "low"}}
 # fmt: off
@@ -348,7 +343,6 @@ PROVIDERS = (
 
 
 # --- 4. Decisions: what a reply means, how long to wait, who is next. Pure ----------------------
-
 # A ruling is a verdict, and whether it holds for the whole provider.
 LIMITED, FAULT, UNSUITABLE, GONE, DENIED, REFUSED = ((v, v is Verdict.DENIED) for v in Verdict)
 ACCOUNT, DOWN = (Verdict.RATE_LIMITED, True), (Verdict.FAULT, True)
@@ -523,8 +517,6 @@ def line_after(
 
 
 # --- 5. Wire format: requests, answers in one piece, event streams. Pure ------------------------
-
-
 def request_body(fields: Json, turn: Turn) -> bytes:
     """The request for this candidate, without lone surrogates: Cerebras refuses them (2026-09)."""
     rows = [row for word, row in turn.row.defaults.items() if word in turn.model]
@@ -689,8 +681,6 @@ def one_line(text: str, keys: Iterable[str | None] = ()) -> str:
 
 
 # --- 6. Memory: what outlives a question --------------------------------------------------------
-
-
 @dataclasses.dataclass(eq=False)
 class Mark:
     """Failures of a provider, or of one of its models, since its last success."""
@@ -777,8 +767,6 @@ class Memory:
 
 
 # --- 7. HTTP ------------------------------------------------------------------------------------
-
-
 class Transport:
     """All HTTP. One request is one exchange: no redirect is followed, nothing is sent again."""
 
@@ -869,7 +857,6 @@ class Transport:
 
 
 # --- 8. FallbackLLM -----------------------------------------------------------------------------
-
 PLACEHOLDER = r"(?i)your[_ -].*|.*[_ -]here|<.*>|(change|replace).?me|x{3,}|.*\.{3}|todo|none|null"
 NO_CHAT = r"whisper|tts|speech|audio|guard|embed|rerank|moderation|image|ocr"
 CHAT = rf"(?i)(?!.*({NO_CHAT}))[\w./:@~+-]{{1,200}}"  # the id of a model that may answer
@@ -1104,13 +1091,21 @@ class FallbackLLM:
         return failure
 
     def _all_failed(self, line: list[Turn], trail: list[Attempt]) -> AllProvidersFailed:
+        """The error, whose text has a line for each provider with a way out."""
         readies, now = map(self._memory.ready_at, line), self._clock()
         pause = min((at - now for at in readies if at > now), default=None)
-        message = "All providers and models failed"
-        message += "" if pause is None else f" (come back in {math.ceil(pause)} s)"
-        reasons = {attempt.provider: attempt.reason for attempt in trail}
-        message += "".join(f"; {name}: {reason}" for name, reason in reasons.items())
-        return AllProvidersFailed(message, attempts=tuple(trail), retry_after=pause)
+        text = "All providers and models failed"
+        for last in {attempt.provider: attempt for attempt in trail if attempt.verdict}.values():
+            row, verdict = self._rows[last.provider], last.verdict or Verdict.FAULT
+            names = {
+                "key": row.key_env or "it",
+                "url": row.key_url,
+                "models": row.variable("MODELS"),
+            }
+            advice = "raise the timeout" if "time limit" in last.reason else verdict.advice
+            text += f"\n   {row.name} {last.model}: {last.reason} → {advice.format(**names)}"
+        text += "" if pause is None else f"\n   the first limit ends in {math.ceil(pause)} s"
+        return AllProvidersFailed(text, attempts=tuple(trail), retry_after=pause)
 
     def _served_instead(self, question: Any, trail: list[Attempt], deadline: float) -> list[Turn]:
         """Turns for models that the provider serves, once all that were in the line are gone."""
@@ -1229,8 +1224,13 @@ class FallbackLLM:
             rows = [row for row in rows if model in self.models[row.name]] or rows
         keyed = [row for row in rows if not self.key_problem(row)]
         if not keyed:
-            problems = "; ".join(f"{row.key_env} {self.key_problem(row)}" for row in rows)
-            raise NoProviderError(f"no API key: {problems}", providers=[row.name for row in rows])
+            keys = ", ".join(str(row.key_env) for row in rows)
+            text = f"No API keys found! Please set environment variables:\n   {keys}"
+            for row in rows:
+                problem = f"{row.key_env} {self.key_problem(row)}"
+                text += f"\n   {row.name}: {problem} → get a key: {row.key_url}"
+            one = f"export {rows[-1].key_env}=...   (or put it into .env)"
+            raise NoProviderError(f"{text}\n   one is enough: {one}")
         for row in keyed:
             models = [model] if model else self.models[row.name]
             line += [Turn(row, m, f"{place}/{len(models)}") for place, m in enumerate(models, 1)]
@@ -1283,7 +1283,6 @@ def pooled(function: Any, arguments: Iterable[Any], workers: int, ahead: int = 4
 
 
 # --- 9. Command line ----------------------------------------------------------------------------
-
 OPTIONS = re.findall(r"^  (?:(-\w), )?(--[\w-]+)(?: ([A-Z]+))?(?:  |$)", HELP, re.MULTILINE)
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
@@ -1449,9 +1448,11 @@ def run(args: Any) -> int:
             return program.check() if args.check else program.list_models()
         try:
             code = program.respond()
-        except FallbackLLMError as error:
-            code = 1
-            program.explain(error)
+        except FallbackLLMError as error:  # the first of its lines is the sum of the others
+            code, (first, *lines) = 1, str(error).split("\n")
+            ordered = [first, *lines] if isinstance(error, NoProviderError) else [*lines, first]
+            ordered[ordered.index(first)] = f"❌ {first}"
+            say("❌ " + " ".join(str(error).split()) if args.quiet else "\n".join(ordered))
         if args.stats:
             say("\n📊 Usage Statistics:")
             say("\n".join(f"   {name}: {n}" for name, n in program.llm.get_stats().items()))
@@ -1508,29 +1509,6 @@ class Program:
             return end.value
         finally:
             put("\n" * begun)
-
-    def explain(self, error: FallbackLLMError) -> None:
-        """Tells of a failure in at most ten lines: one for each provider, then the sum."""
-        is_keyless = isinstance(error, NoProviderError)
-        if not is_keyless and (self.args.quiet or not isinstance(error, AllProvidersFailed)):
-            return say(f"❌ {error}")
-        rows = self.llm.rows(error.providers or self.args.provider)
-        last = {attempt.provider: attempt for attempt in error.attempts}
-        if is_keyless:
-            say("❌ No API keys found! Please set environment variables:")
-            say("   " + ", ".join(str(row.key_env) for row in rows))
-        for row in rows:
-            problem, step = self.llm.key_problem(row), last.get(row.name)
-            names = {"key": row.key_env, "url": row.key_url, "models": row.variable("MODELS")}
-            if problem:
-                say(f"   {row.name}: {row.key_env} {problem} → get a key: {row.key_url}")
-            elif step and step.verdict:
-                advice = "raise --timeout" if "time limit" in step.reason else step.verdict.advice
-                say(f"   {row.name} {step.model}: {step.reason} → {advice.format(**names)}")
-        if error.retry_after is not None:
-            say(f"   the first limit ends in {math.ceil(error.retry_after)} s")
-        one = f"   one is enough: export {rows[-1].key_env}=...   (or put it into .env)"
-        return say(one if is_keyless else "❌ All providers and models failed")
 
     def check(self) -> int:
         """Prints which keys are accepted and which models are served. 0 if somebody can answer."""
