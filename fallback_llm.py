@@ -26,13 +26,12 @@ import sys
 
 __version__ = "1.0.0"
 HELP = """\
-usage: fallback_llm.py [options] [question ...]
+usage: fallback_llm.py [options] [--] [question ...]
 
 Asks a language model; when a provider fails, the next one answers: Cerebras,
 Groq, OpenRouter. Only the answer goes to stdout.
 
-  -                      read the question from stdin (what is piped in is put
-                         before the question anyway); -- ends the options
+  -                      the question is on stdin (a pipe is read anyway)
   -f, --file PATH        put the text of a file before the question
   -s, --system TEXT      how to answer, such as "in French, in one sentence"
   --provider NAMES       only these, in this order: groq,openrouter
@@ -53,10 +52,8 @@ Groq, OpenRouter. Only the answer goes to stdout.
   --no-stdin             do not read a pipe
   --check                tell which keys and models work; costs no tokens
   --list-models          print PROVIDER<tab>MODEL
-  --batch FILE           ask a file of questions (- is stdin): one a line, or
-                         JSONL with question, id, system, model ...
-  -o, --output FILE      where the batch's answers go, as JSONL; the same again
-                         asks only what has no answer yet
+  --batch FILE           ask each line: a text, or JSON with question, id ...
+  -o, --output FILE      for a batch's answers; run again, it asks only the rest
   --workers N            questions of a batch in flight (default: 8)
   -V, --version          print the version
   -h, --help             print this help
@@ -153,16 +150,15 @@ def checked(name: str, value: Any) -> Any:
 
 @dataclasses.dataclass
 class RetryConfig:
-    """How often a model is asked, and how many seconds are waited in between: after the n-th
-    failure min(max_delay, base_delay * exponential_base ** (n - 1)), at defaults 2, 4, 8, 16; with
-    jitter 80 to 100 % of it; never less than the server asks for. ValueError for nonsense.
+    """How often a model is asked, and the seconds in between: after the n-th failure min(max_delay,
+    base_delay * exponential_base ** (n - 1)), at least a server's hint. Nonsense is a ValueError.
     """
 
     max_attempts: int = 5  # of one model in one question, the first included
     base_delay: float = 2.0
     max_delay: float = 60.0  # no wait is longer
     exponential_base: float = 2.0
-    jitter: bool = True
+    jitter: bool = True  # 80 to 100 % of that, by chance
     eager: bool = False  # ask somebody else instead of waiting out a rate limit
 
     def __post_init__(self) -> None:
@@ -191,8 +187,8 @@ class ProviderHealth:
 
 
 class Verdict(enum.Enum):
-    """What a failure means: its word; is the candidate asked again in this question; how long do
-    later questions ask it last (0: a growing backoff, None: not at all); what the user can do.
+    """What a failure means: a word; is the candidate asked again in this question; for how many
+    seconds do later ones ask it last (0: a growing backoff, None: none); what the user can do.
     """
 
     RATE_LIMITED = ("rate_limited", True, 0.0, "wait for the limit to end")
@@ -207,7 +203,7 @@ class Verdict(enum.Enum):
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class Failure(Exception):  # raised where it is seen, caught in the walk
+class Failure(Exception):  # why an attempt gave no answer; caught in the walk
     verdict: Verdict
     reason: str
     wide: bool = False  # holds for all models of the provider
