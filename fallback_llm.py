@@ -82,6 +82,7 @@ import collections
 import contextlib
 import dataclasses
 import enum
+import functools
 import io
 import itertools
 import json
@@ -281,6 +282,18 @@ class Turn:
         return f"{self.row.name} {self.model}"
 
 
+@dataclasses.dataclass(eq=False)
+class Mark:
+    """Failures of a provider, or of one of its models, since its last success."""
+
+    verdict: Verdict = Verdict.FAULT
+    failures: int = 0
+    failed_at: float = -math.inf
+    ready_at: float = -math.inf  # the server's word: nobody asks before
+    later_until: float = -math.inf  # our own guess: asked last until then
+    probed_until: float = -math.inf  # the lease of somebody who is trying: the others ask it last
+
+
 Question = collections.namedtuple("Question", "fields line timeout is_chosen")  # the last: a model
 
 
@@ -342,41 +355,39 @@ PROVIDERS = (
 # A ruling is a verdict, and whether it holds for the whole provider.
 LIMITED, FAULT, UNSUITABLE, GONE, DENIED, REFUSED = ((v, v is Verdict.DENIED) for v in Verdict)
 ACCOUNT, DOWN = (Verdict.RATE_LIMITED, True), (Verdict.FAULT, True)
-# fmt: off
-CODES = (  # must fit whole; rate_limit_exceeded, tokens, requests, … say nothing
-    (GONE, r"model_(not_found|archived|decommissioned|deprecated|unavailable_upstream)(_error)?"),
-    (GONE, r"no_endpoints|free_variant_ended"),
-    (DENIED, r"(invalid|wrong)_api_key|(payment_required|authentication)(_error)?|"
-             r"insufficient_quota|organization_\w+|permission_denied|unsupported_country\w*|"
-             r"account_(closed|suspended|deactivated|disabled|restricted|inactive)|"
-             r"openrouter_(credits|key_limit)|region_restricted"),
-    (REFUSED, r"content_(policy_violation|filter)|refusal|\w*moderation\w*"),
-    (ACCOUNT, r"\w*in_flight_budget\w*|openrouter_free_tier\w*"),
-    (LIMITED, r"(token|request)_quota_exceeded|capacity_exhausted"),
-    (FAULT, r"queue_exceeded|(json_validate|tool_use)_failed|timeout|(internal_)?server_error|"
-            r"server|(\w+_)?(overloaded|unavailable)"),
-    (UNSUITABLE, r"(context_length|max_tokens|token_limit)_exceeded|\w+_too_(long|large)|"
-                 r"privacy_restricted|constraint_filtered|unprocessable|invalid_(request|prompt)|"
-                 r"(unsupported|wrong)_\w+"),
-)
-WORDS = (  # searched in the message: narrow, what is permanent first; then what passes
-    (UNSUITABLE, r"request too large|\bdata policy\b|reduce the length of"),
-    (UNSUITABLE, r"(maximum|exceeds?) .{0,40}context|context (length|window).{0,80}exceed"),
-    (ACCOUNT, r"\bfree-models-per-"),
-    (DOWN, r"check your network settings"),
-    (DENIED, r"insufficient (quota|credit|balance|fund)|exceeded your current quota|\boverdue\b"),
-    (DENIED, r"(organization|account) (has been |is )?(restricted|suspended|flagged)"),
-    (DENIED, r"\bkey limit exceeded|credit balance is too low"),
-    (GONE, r"is not a valid model id|no endpoints found for"),
-    (GONE, r"^(?!.*\b(parameter|tools?|property|field)\b).*\bmodels?\b.{0,120}\b(does not exist|"
-           r"not (be )?found|no longer|retired|archived|decommissioned|deprecated|discontinued)"),
-    (REFUSED, r"content (\w+ )?polic(y|ies)|safety (system|filter)|request blocked: |flagged by|"
-              r"flagged for|(input|prompt|content|message|text) (was|is|were|has been) flagged"),
-)
+CODES = {  # must fit whole; rate_limit_exceeded, tokens, requests, … say nothing
+    GONE: r"model_(not_found|archived|decommissioned|deprecated|unavailable_upstream)(_error)?|"
+    r"no_endpoints|free_variant_ended",
+    DENIED: r"(invalid|wrong)_api_key|(payment_required|authentication)(_error)?|region_restricted|"
+    r"insufficient_quota|organization_\w+|permission_denied|unsupported_country\w*|"
+    r"account_(?!\w*limit)\w+|openrouter_(credits|key_limit)",
+    REFUSED: r"content_(policy_violation|filter)|refusal|\w*moderation\w*",
+    ACCOUNT: r"\w*in_flight_budget\w*|openrouter_free_tier\w*",
+    LIMITED: r"(token|request)_quota_exceeded|capacity_exhausted",
+    FAULT: r"queue_exceeded|(json_validate|tool_use)_failed|timeout|(internal_)?server_error|"
+    r"server|(\w+_)?(overloaded|unavailable)",
+    UNSUITABLE: r"(context_length|max_tokens|token_limit)_exceeded|\w+_too_(long|large)|"
+    r"privacy_restricted|constraint_filtered|unprocessable|invalid_(request|prompt)|"
+    r"(unsupported|wrong)_\w+",
+}
+WORDS = {  # searched in the message: narrow, what is permanent first; then what passes
+    UNSUITABLE: r"request too large|\bdata policy\b|reduce the length of|"
+    r"(maximum|exceeds?) .{0,40}context|context (length|window).{0,80}exceed",
+    ACCOUNT: r"\bfree-models-per-",
+    DOWN: r"check your network settings",
+    DENIED: r"insufficient (quota|credit|balance|fund)|exceeded your current quota|\boverdue\b|"
+    r"(organization|account) (has been |is )?(restricted|suspended|flagged)|"
+    r"\bkey limit exceeded|credit balance is too low",
+    GONE: r"is not a valid model id|no endpoints found for|"
+    r"^(?!.*\b(parameter|tools?|property|field)\b).*\bmodels?\b.{0,120}\b(does not exist|"
+    r"not (be )?found|no longer|retired|archived|decommissioned|deprecated|discontinued)",
+    REFUSED: r"content (\w+ )?polic(y|ies)|safety (system|filter)|request blocked: |flagged by|"
+    r"flagged for|(input|prompt|content|message|text) (was|is|were|has been) flagged",
+}
 STATUSES = {3: DOWN, 4: UNSUITABLE, 401: DENIED, 402: DENIED, 403: DENIED, 429: LIMITED}
 STATUSES.update(dict.fromkeys((408, 409, 424, 425, 498, 499), FAULT))  # else by hundreds, or FAULT
-# fmt: on
 RELAYED = "Provider returned error"  # what a router says of its supplier's error
+OPENED = ("error", "errors", "metadata", "availability", "headers")  # what holds more of an error
 LONG = r"(?is)^(?!.*per.min).*(\bper[ -](hour|day|week|month)|\b(hourly|daily|monthly)\b)"
 PAGE = r"(?is)^\s*<(?:!doctype|html|head).*?(?:<title[^>]{0,200}>\s*(.{0,200}?)\s*</title>.*|$)"
 UNITS = {"ms": 0.001, "milli": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -385,72 +396,65 @@ AGAIN = r"\b(?:(?:again|retry|resets?) (?:in|after)|wait(?: for)?) (?:about )?"
 
 
 def judge(status: int, headers: Mapping[str, str], body: Any, now: float) -> Failure:
-    """What a reply that is no answer means: by codes, else words, else the status (below 300: an
-    error inside a reply). headers: in lower case. body: parsed JSON or text. now: epoch seconds.
-    """
+    """What a reply that is no answer means: by codes, else words, else its status. now: epoch."""
     from http.client import responses
 
-    error = Evidence(body)
-    code = status if status >= 300 else error.status
-    is_limit = not code and re.search(r"(?i)rate.?limit|too.many.requests", error.text)
+    fields, message, codes = evidence(body)
+    told = map(number, fields["status_code"] + fields["code"] + fields["http_status"])
+    code = status if status >= 300 else next((int(n) for n in told if 400 <= n <= 599), 0)
+    is_limit = not code and re.search("(?i)rate.?limit|too.many.requests", f"{message} {codes}")
     by_status = LIMITED if is_limit else STATUSES.get(code) or STATUSES.get(code // 100, FAULT)
-    found = [r for c in error.codes for r, w in CODES if re.fullmatch(w, c, re.I)]
-    words = [r for r, w in WORDS if re.search(w, error.message, re.I)]
+    found = [r for c in codes for r, known in CODES.items() if re.fullmatch(known, c, re.I)]
+    words = [r for r, known in WORDS.items() if re.search(known, message, re.I)]
     found += [r for r in words if r != REFUSED or code < 500]  # 5xx: the moderation is down
     verdict, wide = [*found, by_status][0]
-    if error.message.startswith(RELAYED) and (verdict, wide) not in (UNSUITABLE, GONE, REFUSED):
+    if message.startswith(RELAYED) and (verdict, wide) not in (UNSUITABLE, GONE, REFUSED):
         verdict, wide = Verdict.FAULT if by_status is DENIED else by_status[0], False  # not our key
     if verdict is Verdict.RATE_LIMITED and headers.get("x-should-retry") == "false":
         verdict = Verdict.FAULT
-    hint = error.hint(headers, now, verdict is Verdict.RATE_LIMITED) if verdict.again else None
-    kind = {3: "Redirect", 4: "Client"}.get(status // 100, "Server")
-    reason = f"error {code} inside the reply" if code else "error"
-    reason = f"{code} {kind} Error: {responses.get(code, 'Unknown')}" if status >= 300 else reason
-    return Failure(verdict, f"{reason}: {error.said}" if error.said else reason, wide, hint)
+    is_limited = verdict is Verdict.RATE_LIMITED
+    hint = hinted(fields, message, headers, now, is_limited) if verdict.again else None
+    kind = {3: "Redirect", 4: "Client"}.get(code // 100, "Server")
+    reason = f"{code} {kind} Error: {responses.get(code, 'Unknown')}"
+    if status < 300:
+        reason = f"error {code} inside the reply" if code else "error"
+    said = message or " ".join(codes)
+    return Failure(verdict, f"{reason}: {said}" if said else reason, wide, hint)
 
 
-class Evidence:
-    """What an error says, whatever its shape: flat, nested, in a list, plain text, nothing."""
+def evidence(body: Any) -> tuple[dict[str, list[Any]], str, list[str]]:
+    """The fields (the outermost first), the message and the codes of an error of any shape."""
+    fields, parts = collections.defaultdict(list), [body]  # type: dict[str, list[Any]], list[Any]
+    for part in map(parsed, parts):  # it grows; a router quotes its supplier's error as text
+        part = part[0] if part and isinstance(part, list) else part
+        part = {"message": part} if isinstance(part, str) else part
+        for name, value in part.items() if isinstance(part, dict) else ():
+            opens = name in OPENED and isinstance(value, (dict, list))
+            is_raw = name == "raw" and str(*fields["message"][:1]).startswith(RELAYED)
+            (parts if opens or is_raw else fields[name.lower()]).append(value)
+    said = filter(None, fields["message"] or fields["error"] or fields["detail"])
+    texts = (text if isinstance(text, str) else json.dumps(text) for text in said)
+    message = ": ".join({re.sub(PAGE, r"HTML page: \1", text[:4000]): 0 for text in texts})
+    names = ("limit_source", "code", "error", "error_type", "type")
+    codes = [c for name in names for c in reversed(fields[name]) if isinstance(c, str)]
+    moderation = fields["reasons"] + fields["flagged_input"] + fields["patterns"]
+    return fields, message, codes + ["moderation"] * any(moderation)
 
-    def __init__(self, body: Any) -> None:
-        self.fields: dict[str, list[Any]] = collections.defaultdict(list)  # the outermost first
-        parts, get = [body], self.fields.__getitem__
-        for part in parts:  # it grows
-            part = part[0] if part and isinstance(part, list) else part
-            part = {"message": part} if isinstance(part, str) else part
-            for name, value in part.items() if isinstance(part, dict) else ():
-                opens = name in ("error", "errors", "metadata", "availability", "headers")
-                opens = opens and isinstance(value, (dict, list))
-                if name == "raw" and str(*get("message")[:1]).startswith(RELAYED):
-                    value, opens = parsed(value) if isinstance(value, str) else value, True
-                (parts if opens else get(name.lower())).append(value)
-        said = filter(None, get("message") or get("error") or get("detail"))
-        texts = (text if isinstance(text, str) else json.dumps(text) for text in said)
-        pages = dict.fromkeys(re.sub(PAGE, r"HTML page: \1", text[:4000]) for text in texts)
-        self.message = ": ".join(pages)
-        names = ("limit_source", "code", "error", "error_type", "type")
-        self.codes = [c for name in names for c in reversed(get(name)) if isinstance(c, str)]
-        self.codes += ["moderation"] * any(get("reasons") + get("flagged_input") + get("patterns"))
-        statuses = map(number, get("status_code") + get("code") + get("http_status"))
-        self.status = next((int(status) for status in statuses if 400 <= status <= 599), 0)
-        self.said = self.message or " ".join(self.codes)
-        self.text = " ".join([self.message, *self.codes])
 
-    def hint(self, headers: Mapping[str, str], now: float, is_limit: bool) -> float | None:
-        """Seconds after which the server wants to be asked again: the best source that is valid."""
-        names, date = ("retry_after_seconds", "retry_after", "retry-after"), headers.get("date")
-        there = now if math.isnan(number(date, True)) else number(date, True)  # by its clock
-        found = [number(headers.get("retry-after-ms")) / 1000]
-        fields = [value for name in names for value in reversed(self.fields[name])]
-        for value in [headers.get("retry-after"), *fields]:
-            found += [number(value), number(value, True) - there]
-        said = re.search(f"{AGAIN}((?:{PART},? ?(?:and )?)+)", self.message, re.I)
-        parts = re.findall(PART, said.group(1), re.I) if said else []
-        found += [sum(float(count) * UNITS[unit.lower()] for count, unit in parts)] * bool(parts)
-        resets = [*self.fields["x-ratelimit-reset"], headers.get("x-ratelimit-reset")]
-        found += [r / (1000 if r > 1e11 else 1) - now for r in map(number, resets * is_limit)]
-        found += [3600.0] * bool(is_limit and re.match(LONG, self.text))
-        return next((seconds for seconds in found if 0 <= seconds <= MAX_HINT), None)
+def hinted(fields: Any, message: str, headers: Any, now: float, is_limit: bool) -> float | None:
+    """Seconds after which the server wants to be asked again: the best source that is valid."""
+    there, found = number(headers.get("date"), True), [number(headers.get("retry-after-ms")) / 1000]
+    names = ("retry_after_seconds", "retry_after", "retry-after")
+    values = [value for name in names for value in reversed(fields[name])]
+    for value in [headers.get("retry-after"), *values]:  # a date counts by the server's clock
+        found += [number(value), number(value, True) - (now if math.isnan(there) else there)]
+    for said in re.findall(f"{AGAIN}((?:{PART},? ?(?:and )?)+)", message, re.I):
+        parts = re.findall(PART, said[0], re.I)
+        found.append(sum(float(count) * UNITS[unit.lower()] for count, unit in parts))
+    resets = [*fields["x-ratelimit-reset"], headers.get("x-ratelimit-reset")] * is_limit
+    found += [at / (1000 if at > 1e11 else 1) - now for at in map(number, resets)]
+    found += [3600.0] * bool(is_limit and re.match(LONG, message))
+    return next((seconds for seconds in found if 0 <= seconds <= MAX_HINT), None)
 
 
 def number(value: Any, is_date: bool = False) -> float:
@@ -466,17 +470,17 @@ def number(value: Any, is_date: bool = False) -> float:
 def dig(value: Any, *path: str | int) -> Any:
     """What lies at the path, names and zeros, inside parsed JSON; None where there is nothing."""
     for step in path:
-        items = dict(enumerate(value[:1])) if isinstance(value, list) else value
-        value = items.get(step) if isinstance(items, dict) else None
+        first = value[0] if step == 0 and value and isinstance(value, list) else None
+        value = value.get(step) if isinstance(value, dict) else first
     return value
 
 
-def parsed(body: str | bytes) -> Any:
-    """The body as JSON, else as text; never an error."""
-    text = body if isinstance(body, str) else body.decode("utf-8-sig", "replace")
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
-    return text
+def parsed(body: Any) -> Any:
+    """Text or bytes as JSON, else as text; never an error."""
+    try:
+        return json.loads(body)
+    except (ValueError, TypeError, RecursionError):
+        return body.decode("utf-8-sig", "replace") if isinstance(body, bytes) else body
 
 
 def backoff(config: RetryConfig, failures: int) -> float:
@@ -502,12 +506,12 @@ def line_after(
         if turn is not asked and not (failure.wide and turn.row is asked.row):
             after.append(turn)
         elif failure.verdict.again and tries < config.max_attempts:
-            jitter = 0.8 + 0.2 * chance if config.jitter else 1.0
-            wait = max(backoff(config, tries) * jitter, failure.hint or 0.0)
+            waits = [backoff(config, n) for n in range(tries, config.max_attempts)]
+            pause = waits[0] * (0.8 + 0.2 * chance if config.jitter else 1.0)
+            wait, limited = max(pause, failure.hint or 0.0), failure.verdict is Verdict.RATE_LIMITED
             # as long as all the waits that are left for it: a longer one gains nothing
-            patience = sum(backoff(config, n) for n in range(tries, config.max_attempts))
-            stays = failure.verdict is Verdict.RATE_LIMITED and not config.eager
-            place, patience = (turn.place, patience) if stays and wait <= patience else (end, 0.0)
+            stays = limited and not config.eager and wait <= sum(waits)
+            place, patience = (turn.place, sum(waits)) if stays else (end, 0.0)
             after.append(Turn(turn.row, turn.model, turn.label, tries, now + wait, patience, place))
     return after
 
@@ -543,20 +547,22 @@ def is_blank(text: str) -> bool:
 
 def events_in(chunks: Iterable[bytes]) -> Iterator[tuple[str | None, str]]:
     """(kind, data) of each server-sent event, once complete; if there is none, the plain body."""
-    whole = itertools.chain(chunks, [b"\n\n"])  # the last event may lack its blank line
-    newlines, rest, plain, is_stream = io.IncrementalNewlineDecoder(None, True), "", "", False
-    for text in map(newlines.decode, codecs.iterdecode(whole, "utf-8-sig", "surrogateescape")):
-        rest += text
-        *blocks, rest = rest.split("\n\n") if "\n" in text else [rest]
+    utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    lines, rest, plain, is_stream = io.IncrementalNewlineDecoder(utf8, True), "", [], False
+    for text in map(lines.decode, itertools.chain(chunks, [b"\n\n"])):  # the last may lack its end
+        rest += text if rest else text.lstrip("\ufeff")  # a byte order mark
+        *blocks, rest = rest.split("\n\n") if "\n\n" in rest[-len(text) - 1 :] else [rest]
         for block in blocks:
             fields = [line.partition(":") for line in block.split("\n")]
-            data = "\n".join(value for name, _, value in fields if name == "data").strip()
+            data = "\n".join([value for name, _, value in fields if name == "data"]).strip()
             if data:
                 is_stream = True
-                yield "".join(v.strip() for name, _, v in fields if name == "event"), data
-            plain += "" if is_stream else block + "\n\n"
+                yield "".join([value.strip() for name, _, value in fields if name == "event"]), data
+            elif not is_stream:
+                names = ("", "data", "event", "id", "retry")  # "": of a comment
+                plain += ["".join(field) for field in fields if field[0] not in names]
     if not is_stream:
-        yield None, re.sub("(?m)^(:|(data|event|id|retry)(:|$)).*", "", plain).strip()
+        yield None, "\n".join(plain).strip()
 
 
 class Reply:
@@ -568,7 +574,7 @@ class Reply:
         self.status, self.headers = None, {}  # type: int | None, Mapping[str, str]
         self.text, self.usage = [], {}  # type: list[str], Json
         self._ended = self._thought = False  # [DONE] was said, or a plain body is complete
-        self.finish_reason = self._held = self._broken = self._refusal = ""
+        self.finish_reason = self._broken = self._refusal = ""
 
     def left(self) -> float:
         """Seconds that the next read may take; raises a Failure when nothing is left."""
@@ -590,75 +596,77 @@ class Reply:
         """Something came: the silence begins anew, or the time for the little that may follow."""
         if not self.is_over:
             self.is_over = is_over
-            self._until = self._clock() + min(self._silence, GRACE if is_over else math.inf)
+            self._until = self._clock() + (min(self._silence, GRACE) if is_over else self._silence)
 
     def read(self, chunks: Iterable[bytes]) -> Iterator[str]:
         """The text of each event as it completes, "" if it has none. Raises a Failure."""
+        held = ""  # the beginning, which may be <think>…</think>, cut anywhere
         for kind, data in events_in(chunks):
             said = parsed(data)
             if not 200 <= (self.status or 0) < 300:
                 raise self.judged(said)
             self._ended = self._ended or said == "[DONE]"
             text = "" if self._ended or kind == "ping" or not data else self._take(kind, data, said)
-            if not self.text:  # it may begin with <think>…</think>, cut anywhere
-                self._held += text
-                may_think = "<think>".startswith(self._held.lstrip()[:7])
-                text = self._held.partition("</think>")[2].lstrip() if may_think else self._held
-            self.text += [text] * bool(text)
+            if text and not self.text:
+                held += text
+                may_think = "<think>".startswith(held.lstrip()[:7])
+                text = held.partition("</think>")[2].lstrip() if may_think else held
+            self.text += [text] if text else []
             yield text
             self.heard(bool(self.finish_reason or self._ended))  # not the caller's time
-        self._thought |= "<think>" in self._held
-        if self._held.strip() and not self.text and "<think>" not in self._held:
-            self.text.append(self._held)
-            yield self._held
+        self._thought |= "<think>" in held
+        if held.strip() and not self.text and "<think>" not in held:
+            self.text.append(held)
+            yield held
 
     def _take(self, kind: str | None, data: str, said: Any) -> str:
         """The text in an event or a plain body; what else it says is noted."""
-        if re.search(r"[\udc80-\udcff]", data):
+        if not data.isascii() and re.search(r"[\udc80-\udcff]", data):
             raise Failure(Verdict.FAULT, "the answer is not UTF-8")
-        self._ended = kind is None
-        choice, groq = dig(said, "choices", 0), dig(said, "x_groq")
-        reason, usage = dig(choice, "finish_reason"), dig(said, "usage") or dig(groq, "usage")
-        error = dig(said, "error") or dig(choice, "error") or dig(groq, "error")
+        self._ended, choice = kind is None, dig(said, "choices", 0)
+        top, choice = [part if isinstance(part, dict) else {} for part in (said, choice)]
+        parts = top.get("x_groq"), choice.get("delta") or choice.get("message")
+        groq, message = [part if isinstance(part, dict) else {} for part in parts]
+        error = top.get("error") or choice.get("error") or groq.get("error")
+        reason, usage = choice.get("finish_reason"), top.get("usage") or groq.get("usage")
+        flat = "" if choice else evidence(said)[1]
         if reason == "error":
-            error = error or dig(choice, "native_finish_reason") or "finish_reason error"
-        is_flat = choice is None and not isinstance(said, str) and Evidence(said).message
-        if error or is_flat or kind == "error":
-            raise self.judged({"error": error or said, "status_code": dig(said, "status_code")})
+            error = error or choice.get("native_finish_reason") or "finish_reason error"
+        if error or kind == "error" or (flat and not isinstance(said, str)):
+            raise self.judged({"error": error or said, "status_code": top.get("status_code")})
         if not isinstance(said, dict) and not self.finish_reason:
-            self._broken = self._broken or "no answer in the reply: " + Evidence(said).said
+            self._broken = self._broken or f"no answer in the reply: {flat}"
         self.finish_reason = reason if reason and isinstance(reason, str) else self.finish_reason
-        self.usage = figures(usage) if isinstance(usage, dict) else self.usage
-        message = dig(choice, "delta") or dig(choice, "message")
-        self._thought |= bool(dig(message, "reasoning") or dig(message, "reasoning_content"))
-        content, refusal = dig(message, "content"), dig(message, "refusal")
-        self._refusal += refusal if isinstance(refusal, str) else ""
+        self.usage = (usage and figures(usage)) or self.usage
+        self._thought |= bool(message.get("reasoning") or message.get("reasoning_content"))
+        self._refusal += str(message.get("refusal") or "")
+        content = message.get("content")
         texts = [dig(part, "text") for part in content] if isinstance(content, list) else [content]
-        return "".join(text for text in texts if isinstance(text, str))
+        return "".join([text for text in texts if isinstance(text, str)])
 
     def failure(self, live: bool) -> Failure | None:
         """Why this is no whole answer; None if it is one. Live, what was broken is skipped."""
-        fault, end, blank = Verdict.FAULT, self.finish_reason, is_blank("".join(self.text))
-        is_refused = end == "content_filter" or (self._refusal and not self.text)
-        cut = "the answer was cut: it has no end" if self.text else "the reply holds no answer"
-        used_up = "max_tokens was used up before the answer began: raise max_tokens"
-        empty = "only reasoning came, no answer" if self._thought else "the answer is empty"
-        reasons = (
-            (is_refused, Verdict.REFUSED, self._refusal or "a content filter stopped the answer"),
-            (self._broken and not (live and self.text), fault, self._broken),
-            (not self._ended and not end, fault, cut),
-            (blank and end == "length", Verdict.UNSUITABLE, used_up),
-            (blank, fault, empty),
-        )
-        return next((Failure(verdict, why) for holds, verdict, why in reasons if holds), None)
+        text, end, fault = "".join(self.text), self.finish_reason, Verdict.FAULT
+        if end == "content_filter" or (self._refusal and not text):
+            return Failure(Verdict.REFUSED, self._refusal or "a content filter stopped the answer")
+        if self._broken and not (live and text):
+            return Failure(fault, self._broken)
+        why = "only reasoning came, no answer" if self._thought else "the answer is empty"
+        if not self._ended and not end:
+            why = "the answer was cut: it has no end" if text else "the reply holds no answer"
+        elif not is_blank(text):
+            return None
+        elif end == "length":
+            why = "max_tokens was used up before the answer began: raise max_tokens"
+        return Failure(Verdict.UNSUITABLE if end == "length" else fault, why)
 
 
-def figures(usage: Json, deep: bool = True) -> Json:
+def figures(usage: Any, kinds: Any = (int, float, dict)) -> Json:
     """The numbers of a usage report, two levels deep; whatever else is in it is left out."""
-    usage = {name: usage[name] for name in usage if re.fullmatch("[a-z_]{1,64}", name)}
-    inner = {k: figures(v, False) for k, v in usage.items() if deep and isinstance(v, dict)}
-    numbers = {k: v for k, v in usage.items() if isinstance(v, (int, float)) and abs(v) < 1e300}
-    return {**numbers, **inner}
+    items = usage.items() if isinstance(usage, dict) else ()
+    known = {k: v for k, v in items if re.fullmatch("[a-z_]{1,64}", k) and isinstance(v, kinds)}
+    found = {k: figures(v, (int, float)) if isinstance(v, dict) else v for k, v in known.items()}
+    return {k: v for k, v in found.items() if isinstance(v, dict) or abs(v) < 1e300}
 
 
 def clean(value: str | None) -> str:
@@ -676,191 +684,15 @@ def one_line(text: str, keys: Iterable[str | None] = ()) -> str:
     return line if len(line) <= 300 else line[:299] + "…"
 
 
-# --- 6. Memory: what outlives a question --------------------------------------------------------
-@dataclasses.dataclass(eq=False)
-class Mark:
-    """Failures of a provider, or of one of its models, since its last success."""
-
-    verdict: Verdict = Verdict.FAULT
-    failures: int = 0
-    failed_at: float = -math.inf
-    ready_at: float = -math.inf  # the server's word: nobody asks before
-    later_until: float = -math.inf  # our own guess: asked last until then
-    probed_until: float = -math.inf  # the lease of somebody who is trying: the others ask it last
-
-
-class Memory:
-    """Marks by (provider, model); the model "" stands for all of a provider's. Threads share it."""
-
-    def __init__(self, clock: Clock, wall_clock: Clock) -> None:
-        self._clock, self._wall_clock, self._lock = clock, wall_clock, threading.Lock()
-        self._marks: dict[tuple[str, str], Mark] = {}
-        self._seen: dict[str, ProviderHealth] = {}  # the facts; the status is derived
-
-    def _marks_of(self, turn: Turn) -> list[Mark]:
-        keys = ((turn.row.name, ""), (turn.row.name, turn.model))
-        return [self._marks[key] for key in keys if key in self._marks]
-
-    def ready_at(self, turn: Turn) -> float:
-        """When it may be asked again, by the servers' word."""
-        return max((mark.ready_at for mark in self._marks_of(turn)), default=-math.inf)
-
-    def next(self, line: list[Turn], longest: float, deadline: float) -> tuple[Turn | None, float]:
-        """Who of the line is asked next, and the wait before; it gets a lease. At the same place,
-        who failed lately or is being tried comes last.
-        """
-        with self._lock:
-            now, waits = self._clock(), []  # type: float, list[Any]
-            for place, turn in enumerate(line):
-                marks = self._marks_of(turn)
-                is_later = any(now < max(mark.later_until, mark.probed_until) for mark in marks)
-                wait = max([turn.ready_at, *(mark.ready_at for mark in marks)]) - now
-                order = (turn.place, is_later and not turn.attempts, place)
-                waits.append((order, (turn, wait if wait > 1e-6 else 0.0)))  # less is rounding
-            waits = [pair for _, pair in sorted(waits)]
-            chosen, wait = next_turn(waits, min(longest, deadline - now))
-            if chosen is None or now + wait >= deadline:
-                return None, 0.0
-            for mark in self._marks_of(chosen):
-                mark.probed_until = now + wait + chosen.row.silence + CONNECT_TIMEOUT
-            return chosen, wait
-
-    def record(self, turn: Turn, failure: Failure | None, retry: RetryConfig, begun: float) -> None:
-        """How an attempt has ended. Failures that were under way together count as one."""
-        with self._lock:
-            now, epoch, name = self._clock(), self._wall_clock(), turn.row.name
-            seen = self._seen.setdefault(name, ProviderHealth())
-            for mark in self._marks_of(turn):
-                mark.probed_until = now
-            if failure is None:
-                seen.last_success, seen.consecutive_failures = epoch, 0
-                old = {id(mark) for mark in self._marks_of(turn) if mark.failed_at <= begun}
-                self._marks = {k: m for k, m in self._marks.items() if id(m) not in old}
-            elif failure.verdict.asked_last is not None and not failure.blameless:
-                mark = self._marks.setdefault((name, "" if failure.wide else turn.model), Mark())
-                counts = begun >= mark.failed_at
-                mark.failures, seen.last_failure = mark.failures + counts, epoch
-                seen.consecutive_failures += counts
-                pause = failure.verdict.asked_last or backoff(retry, mark.failures)
-                mark.verdict, mark.failed_at, mark.later_until = failure.verdict, now, now + pause
-                mark.ready_at = max(mark.ready_at, now + (failure.hint or 0.0))
-
-    def health(self, provider: str, has_key: bool) -> ProviderHealth:
-        """What is known of the provider now, by its latest failure since its last success."""
-        with self._lock:
-            health = dataclasses.replace(self._seen.get(provider, ProviderHealth()))
-            marks = [mark for (name, _), mark in self._marks.items() if name == provider]
-        mark = max(marks, key=lambda mark: mark.failed_at, default=Mark())
-        if not has_key or mark.verdict is Verdict.DENIED:
-            health.status = ProviderStatus.UNAVAILABLE
-        elif health.consecutive_failures and mark.verdict is not Verdict.RATE_LIMITED:
-            health.status = ProviderStatus.FAILED
-        elif health.consecutive_failures:
-            left = max(mark.ready_at, mark.later_until) - self._clock()
-            health.rate_limit_reset_time = self._wall_clock() + left
-            health.status = ProviderStatus.RATE_LIMITED if left > 0 else ProviderStatus.HEALTHY
-        return health
-
-
-# --- 7. HTTP ------------------------------------------------------------------------------------
-class Transport:
-    """All HTTP. One request is one exchange: no redirect is followed, nothing is sent again."""
-
-    def __init__(self, session: requests.Session | None) -> None:
-        self.session, self._lock = session, threading.Lock()
-        self._settings: dict[str, Any] = {}  # proxies and certificates of the environment, by URL
-
-    def load(self) -> Any:
-        """The session. Imports requests, which takes as long as some questions."""
-        import requests
-        from requests.adapters import HTTPAdapter
-
-        with self._lock:
-            if self.session is None:
-                self.session = requests.Session()
-                for scheme in ("https://", "http://"):
-                    self.session.mount(scheme, HTTPAdapter(pool_maxsize=POOL_WIDTH, max_retries=0))
-            return self.session
-
-    def exchange(self, url: str, key: str, body: bytes | None, reply: Reply) -> Iterator[bytes]:
-        """Posts the body (None: a GET) and yields what comes; status and headers are noted in the
-        reply. Raises a Failure when nothing comes, or it is cut, silent or endless.
-        """
-        import zlib
-        from http.client import HTTPException
-
-        from urllib3.exceptions import HTTPError
-
-        try:
-            with contextlib.closing(self._send(url, key, body, reply)) as response:
-                reply.status = response.status_code
-                reply.headers = {name.lower(): text for name, text in response.headers.items()}
-                if not 200 <= reply.status < 300:
-                    reply.heard(is_over=True)
-                packed = re.search("(?i)gzip|deflate", reply.headers.get("content-encoding", ""))
-                unpack = zlib.decompressobj(47) if packed else None  # 47: either
-                yield from self._chunks(response.raw, reply, unpack)
-        except (OSError, ValueError, HTTPException, HTTPError, zlib.error) as error:
-            if not reply.is_over:
-                reason = re.sub(r"<\S+ object at 0x\w+>:? ?", "", str(error)) or repr(error)
-                wide = reply.status is None or reason.endswith("timed out")
-                raise reply.broken(reason, wide) from None
-
-    def _send(self, url: str, key: str, body: bytes | None, reply: Reply) -> Any:
-        """The requests.Response, its body unread. Not by session.send(): it looks up proxies, netrc
-        (which replaces the key) and cookies at every call, and reads all of a redirect's body.
-        """
-        from requests import Request
-
-        session = self.load()
-        if url not in self._settings:
-            self._settings[url] = session.merge_environment_settings(url, {}, True, None, None)
-        headers = {"Accept": "text/event-stream, application/json", "Accept-Encoding": "identity"}
-        headers["User-Agent"] = (
-            "fallback_llm/" + __version__
-        )  # those of libraries get a 403 (2026-09)
-        headers["Content-Type"] = "application/json"
-        headers.update({"Authorization": "Bearer " + key} if key else {})
-        request = Request("GET" if body is None else "POST", url, headers, data=body).prepare()
-        timeout = (min(CONNECT_TIMEOUT, reply.left()), reply.left())
-        return session.get_adapter(url).send(request, timeout=timeout, **self._settings[url])
-
-    @staticmethod
-    def _chunks(raw: Any, reply: Reply, unpack: Any) -> Iterator[bytes]:
-        """What each read of the socket gives, decompressed. Below urllib3, whose reads wait for a
-        full block and keep the time limit that they began with.
-        """
-        source, size, chunk = getattr(raw, "_fp", raw), 0, b" "
-        read = getattr(source, "read1", None) or source.read
-        sock = getattr(getattr(getattr(source, "fp", None), "raw", None), "_sock", None)
-        while chunk and getattr(source, "fp", source) is not None:  # None: read to the end
-            left = reply.left()
-            if left <= 0:
-                return
-            if sock is not None:
-                sock.settimeout(left)
-            chunk = read(65536)
-            data = unpack.decompress(chunk, MAX_BODY) if unpack else chunk
-            size += len(data)
-            if size >= MAX_BODY:
-                raise Failure(Verdict.FAULT, f"the reply is longer than {MAX_BODY} bytes")
-            yield data
-        is_half = unpack and not unpack.eof and not reply.is_over
-        if (is_half or getattr(source, "length", None)) and (reply.status or 0) < 300:
-            raise Failure(Verdict.FAULT, "the answer was cut: half of its bytes")
-        source.close()
-        getattr(raw, "release_conn", source.close)()
-
-
-# --- 8. FallbackLLM -----------------------------------------------------------------------------
+# --- 6. FallbackLLM: settings, the walk, what providers serve, HTTP, health, questions ----------
 PLACEHOLDER = r"(?i)your[_ -].*|.*[_ -]here|<.*>|(change|replace).?me|x{3,}|.*\.{3}|todo|none|null"
 NO_CHAT = r"whisper|tts|speech|audio|guard|embed|rerank|moderation|image|ocr"
 CHAT = rf"(?i)(?!.*({NO_CHAT}))[\w./:@~+-]{{1,200}}"  # the id of a model that may answer
 
 
-def settings_of(names: Iterable[str]) -> dict[str, str]:
-    """The values: from the environment, ./.env and the .env beside this file, in this order; a
-    placeholder only where there is nothing else. A .env gives nothing else, and nothing is set.
+def settings_of(providers: Iterable[Provider]) -> dict[str, str]:
+    """The keys and models that the environment sets, ./.env and the .env beside this file, in this
+    order; a placeholder only where there is nothing else. A .env gives nothing else.
     """
     beside = os.path.join(os.path.dirname(globals().get("__file__", "")), ".env")
     sources: list[Mapping[str, str | None]] = [os.environ]
@@ -875,10 +707,10 @@ def settings_of(names: Iterable[str]) -> dict[str, str]:
             logger.warning("⚠️  %s is not read: pip install python-dotenv", path)
         except (OSError, ValueError):
             logger.warning("⚠️  %s cannot be read: save it as UTF-8", path)
-    found = {name: [clean(source.get(name)) for source in sources] for name in names}
-    for values in found.values():
-        values.sort(key=lambda value: bool(re.fullmatch(PLACEHOLDER, value)))
-    return {name: next(filter(None, found[name]), "") for name in found}
+    names = [name for row in providers for name in (row.key_env or "", row.variable("MODELS"))]
+    found = {name: filter(None, [clean(source.get(name)) for source in sources]) for name in names}
+    dummy = re.compile(PLACEHOLDER).fullmatch
+    return {name: min(found[name], key=lambda v: bool(dummy(v)), default="") for name in found}
 
 
 def base_url(row: Provider) -> str:
@@ -895,12 +727,36 @@ def base_url(row: Provider) -> str:
     return f"{url}/{path}".rstrip("/") if re.fullmatch(host, url) else url
 
 
+def chunks_of(raw: Any, reply: Reply, unpack: Any) -> Iterator[bytes]:
+    """What each read of the socket gives; urllib3's wait for full blocks and keep their timeout."""
+    source, size, chunk = getattr(raw, "_fp", raw), 0, b" "
+    read = getattr(source, "read1", None) or source.read
+    sock = getattr(getattr(getattr(source, "fp", None), "raw", None), "_sock", None)
+    while chunk and getattr(source, "fp", source) is not None:  # None: read to the end
+        left = reply.left()
+        if left <= 0:
+            return
+        if sock is not None:
+            sock.settimeout(left)
+        chunk = read(65536)
+        data = unpack.decompress(chunk, MAX_BODY) if unpack else chunk
+        size += len(data)
+        if size >= MAX_BODY:
+            raise Failure(Verdict.FAULT, f"the reply is longer than {MAX_BODY} bytes")
+        yield data
+    is_half = unpack and not unpack.eof and not reply.is_over
+    if (is_half or getattr(source, "length", None)) and (reply.status or 0) < 300:
+        raise Failure(Verdict.FAULT, "the answer was cut: half of its bytes")
+    source.close()
+    getattr(raw, "release_conn", source.close)()
+
+
 class FallbackLLM:
-    """Asks candidates until one answers. Safe to share between threads; pickles. providers: rows as
-    in `PROVIDERS`. api_keys: by provider; they win over the environment and .env files. timeout:
-    limit of a whole question. silence: overrides every row's. clock, wall_clock, sleep, chance,
-    session: for tests. ValueError for what cannot be meant; a missing key is no error here.
-    fallback_order, api_keys and models may be changed at any time.
+    """Asks candidates until one answers. Threads may share it; pickles. providers: rows as in
+    `PROVIDERS`. api_keys: by provider; they win over the environment and .env files. timeout: limit
+    of a whole question. silence: overrides every row's. clock, wall_clock, sleep, chance, session:
+    for tests. ValueError for what cannot be meant; a missing key is no error here. fallback_order,
+    api_keys and models may be changed at any time.
     """
 
     def __init__(
@@ -919,37 +775,38 @@ class FallbackLLM:
     ) -> None:
         providers, api_keys = tuple(providers), dict(api_keys or {})
         self._given = {k: v for k, v in locals().items() if k not in ("self", "session")}
+        import requests  # not with the module: it takes as long as some questions
+
         self.retry_config = RetryConfig() if retry_config is None else retry_config
         self.timeout = math.inf if timeout is None else checked("timeout", timeout)
         self._clock, self._wall_clock, self._sleep = clock, wall_clock, sleep
-        self._chance = chance or (lambda: os.urandom(1)[0] / 255)  # random costs an import
-        names = (name for row in providers for name in (row.key_env, row.variable("MODELS")))
-        found: Any = settings_of(filter(None, names))
-        self._rows, self.models = {}, {}  # type: dict[str, Provider], dict[str, list[str]]
+        self._chance = chance or (lambda: int.from_bytes(os.urandom(4), "big") / 2**32)
+        self._rows, self.models, self.api_keys = {}, {}, {}  # type: Any, dict[str, list[str]], Any
+        found = settings_of(providers)
         for row in providers:
             quiet = row.silence if silence is None else silence
             self._rows[row.name] = dataclasses.replace(row, base_url=base_url(row), silence=quiet)
             listed = re.split(r"\s*,\s*", found[row.variable("MODELS")])
             self.models[row.name] = [*filter(None, listed)] or [*row.models]
-        keys = {row.name: found.get(row.key_env) or None for row in providers}
-        self._placeholders = {n for n, key in keys.items() if re.fullmatch(PLACEHOLDER, key or "")}
-        self._found = {n: None if n in self._placeholders else keys[n] for n in keys}
-        self.api_keys = {**self._found, **{self.rows(k)[0].name: api_keys[k] for k in api_keys}}
-        self.fallback_order = list(self._rows)
-        self._transport, self._memory = Transport(session), Memory(clock, wall_clock)
+            self.api_keys[row.name] = found[row.key_env or ""] or None
+        self._dummies = {n for n, k in self.api_keys.items() if re.fullmatch(PLACEHOLDER, k or "")}
+        self.api_keys.update(dict.fromkeys(self._dummies))
+        self.api_keys.update((self.rows(name)[0].name, key) for name, key in api_keys.items())
+        self.fallback_order, self._stats = list(self._rows), [0] * 5
+        self._marks: dict[tuple[str, str], Mark] = {}  # the model "" is all of a provider's
+        self._seen: dict[str, ProviderHealth] = {}  # the facts; the status is derived
         self._lock, self._discovery = threading.Lock(), threading.Lock()
-        self._stats, self._discovered = [0] * 5, set()  # type: list[int], set[str]
+        self._discovered, self._templates = set(), {}  # type: set[str], dict[Any, Any]
+        self._requests, self._session = requests, session  # type: Any, Any
+        if session is None:
+            self._session, adapter = requests.Session(), requests.adapters.HTTPAdapter
+            for scheme in ("https://", "http://"):
+                self._session.mount(scheme, adapter(pool_maxsize=POOL_WIDTH))
 
-    def __getstate__(self) -> Json:
-        """The settings; of the keys only those that this object was given."""
-        changed = {k: v for k, v in self.api_keys.items() if v != self._found.get(k)}
-        keys = {**self._given["api_keys"], **changed}
-        given = {**self._given, "api_keys": keys, "retry_config": self.retry_config}
-        return {"given": given, "fallback_order": self.fallback_order, "models": self.models}
-
-    def __setstate__(self, state: Json) -> None:
-        self.__init__(**state.pop("given"))  # type: ignore[misc]
-        self.__dict__.update(state)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The settings travel; of the keys only those that the constructor was given."""
+        state = {n: vars(self)[n] for n in ("retry_config", "fallback_order", "models")}
+        return functools.partial(type(self), **self._given), (), state
 
     def ask(self, question: str, max_tokens: int = 500, provider: Any = None, **more: Any) -> str:
         """The text of the answer; "" if all failed or it was refused. The rest as in `complete`."""
@@ -973,8 +830,7 @@ class FallbackLLM:
             while True:
                 next(walk)
         except StopIteration as end:
-            answer: Answer = end.value
-            return answer
+            return end.value  # type: ignore[no-any-return]
 
     def stream(
         self, question: str | None = None, max_tokens: int = 500, provider: Any = None, **more: Any
@@ -986,7 +842,7 @@ class FallbackLLM:
 
     def ask_many(
         self, questions: Iterable[Any], max_workers: int = 8, **more: Any
-    ) -> Iterator[Answer | FallbackLLMError]:
+    ) -> Iterator[Any]:
         """For each question, a string or a dict of `complete`'s arguments, an Answer or the error
         in its place; in their order, lazily. more: for all of them. ValueError as in `complete`.
         """
@@ -1002,124 +858,100 @@ class FallbackLLM:
 
     def _walk(self, question: Question, live: bool) -> Generator[str, None, Answer]:
         """Asks whoever is next until one answers; text comes out as it comes in, if live."""
-        self._transport.load()  # the question's time does not begin before
         started, answered, line, config = self._clock(), False, question.line, self.retry_config
-        deadline, trail = started + question.timeout, []  # type: float, list[Attempt]
+        deadline, trail, slept = started + question.timeout, [], 0.0  # type: float, Any, float
         try:
             while True:
-                turn, slept = self._turn(line, trail, deadline)
+                turn, wait = self._next(line, deadline)
                 if turn is None:
                     raise self._all_failed(question.line, trail)
-                begun, names = self._clock(), (turn.row.name, turn.model)
+                if wait:
+                    logger.info("⏳ Waiting %.2fs before retry...", wait)
+                    ready_at, slept = self._ready_at(turn), slept + wait
+                    self._sleep(wait)
+                    if self._ready_at(turn) > ready_at:  # another thread was told so
+                        continue
+                begun, answered = self._clock(), live  # whoever closes a stream has read enough
                 reply = Reply(self._clock, turn.row.silence, deadline, self._wall_clock())
-                failure = yield from self._try(turn, reply, question.fields, live)
-                self._memory.record(turn, failure, config, begun)
+                failure = yield from self._try(turn, reply, trail, question.fields, live)
+                self._record(turn, failure, begun)
+                who, text, answered = (turn.row.name, turn.model), "".join(reply.text), not failure
                 verdict, reason = (failure.verdict, failure.reason) if failure else (None, "")
-                facts = (*names, turn.attempts + 1, reply.status)
-                trail.append(Attempt(*facts, verdict, reason, slept, self._clock() - begun))
-                text, finish = "".join(reply.text), reply.finish_reason or None
+                facts = (*who, turn.attempts + 1, reply.status, verdict, reason, slept)
+                trail.append(Attempt(*facts, self._clock() - begun))
                 if failure is None:
-                    answered, took = True, self._clock() - started
-                    return Answer(text, *names, finish, reply.usage, tuple(trail), took)
-                ours = {"provider": names[0], "model": names[1], "attempts": tuple(trail)}
+                    finish, took = self._shown(reply.finish_reason) or None, self._clock() - started
+                    return Answer(text, *who, finish, reply.usage, tuple(trail), took)
+                ours = {"provider": who[0], "model": who[1], "attempts": tuple(trail)}
                 if live and text:
                     raise StreamInterrupted(f"{turn} broke off: {reason}", partial=text, **ours)
                 if verdict is Verdict.REFUSED:
-                    refused = f"{names[0]} refused the question: {reason}"
-                    raise AnswerRefused(refused, reason=reason, **ours)
+                    text = f"{who[0]} refused the question: {reason}"
+                    raise AnswerRefused(text, reason=reason, **ours)
                 line = line_after(line, turn, failure, config, self._clock(), self._chance())
-                line += self._served_instead(question, trail, deadline)
-        except GeneratorExit:  # the caller has read enough
-            answered = True
-            raise
+                line, slept = line + self._served_instead(question, trail, deadline), 0.0
         finally:
             switches = sum(a.provider != b.provider for a, b in zip(trail, trail[1:]))
-            limited = [attempt.status for attempt in trail].count(429)
+            counts = (1, answered, not answered, sum(a.status == 429 for a in trail), switches)
             with self._lock:
-                counts = zip(self._stats, (1, answered, not answered, limited, switches))
-                self._stats = [old + new for old, new in counts]
+                self._stats = list(map(sum, zip(self._stats, counts)))
 
-    def _turn(self, line: list[Turn], trail: list[Attempt], deadline: float) -> tuple[Any, float]:
-        """Whose turn it is, once it has come; the seconds slept. With the documented lines."""
-        slept, last = 0.0, (trail[-1].provider, trail[-1].model) if trail else ("", "")
-        while True:
-            turn, wait = self._memory.next(line, self.retry_config.max_delay, deadline)
-            if turn is None:
-                return None, slept
-            is_new = last != (turn.row.name, turn.model)
-            if trail and is_new:
-                logger.info("🔄 %s %s failed, trying next model...", *last)
-            if wait:
-                logger.info("⏳ Waiting %.2fs before retry...", wait)
-                ready_at, slept = self._memory.ready_at(turn), slept + wait
-                self._sleep(wait)
-                if self._memory.ready_at(turn) > ready_at:  # another thread was told so
-                    continue
-            if last[0] != turn.row.name:
-                logger.info("🔄 Trying provider: %s", turn.row.name)
-            if is_new:
-                logger.info("🎯 Trying %s model %s: %s", turn.row.name, turn.label, turn.model)
-            return turn, slept
-
-    def _try(self, turn: Turn, reply: Reply, fields: Json, live: bool) -> Generator[str, None, Any]:
-        """One exchange, and the documented lines after it: why it is no answer; None: it is one."""
-        row, count, failure = turn.row, turn.attempts + 1, None
+    def _try(self, turn: Turn, reply: Reply, trail: Any, fields: Json, live: bool) -> Any:
+        """One exchange, and the documented lines of it: why it is no answer; None: it is one."""
+        row, last = turn.row, (trail[-1].provider, trail[-1].model) if trail else ("", "")
+        if trail and last != (row.name, turn.model):
+            logger.info("🔄 %s %s failed, trying next model...", *last)
+        if last[0] != row.name:
+            logger.info("🔄 Trying provider: %s", row.name)
+        if last != (row.name, turn.model):
+            logger.info("🎯 Trying %s model %s: %s", row.name, turn.label, turn.model)
         try:
-            body, key = request_body(fields, turn), clean(self.api_keys.get(row.name))
-            chunks = self._transport.exchange(row.base_url + "/chat/completions", key, body, reply)
-            for text in reply.read(chunks):
-                if live and text:
-                    yield text
+            chunks = self._exchange(row, "/chat/completions", request_body(fields, turn), reply)
+            yield from (text for text in reply.read(chunks) if live and text)
             failure = reply.failure(live)
         except Failure as caught:
             failure = caught
         if failure is None:
-            if reply.finish_reason not in ("stop", "length", ""):
-                reply.finish_reason = self._shown(reply.finish_reason)
-            logger.info("✅ Success with %s on attempt %d", turn, count)
+            logger.info("✅ Success with %s on attempt %d", turn, turn.attempts + 1)
             return None
         failure.reason = self._shown(failure.reason)
         logger.warning("❌ Error in %s API request: %s", row.name, failure.reason)
         if failure.verdict is Verdict.DENIED and row.key_env:
             logger.warning("🔑 Check %s and the account: %s", row.key_env, row.key_url)
-        if failure.verdict.again and count >= self.retry_config.max_attempts:
-            logger.info("🔄 %s exhausted all %d retry attempts", turn, count)
+        if failure.verdict.again and turn.attempts + 1 >= self.retry_config.max_attempts:
+            logger.info("🔄 %s exhausted all %d retry attempts", turn, turn.attempts + 1)
         return failure
 
     def _all_failed(self, line: list[Turn], trail: list[Attempt]) -> AllProvidersFailed:
         """The error, whose text has a line for each provider with a way out."""
-        readies, now = map(self._memory.ready_at, line), self._clock()
-        pause = min((at - now for at in readies if at > now), default=None)
-        text = "All providers and models failed"
+        text, now = "All providers and models failed", self._clock()
+        pause = min((at - now for at in map(self._ready_at, line) if at > now), default=None)
         for last in {attempt.provider: attempt for attempt in trail if attempt.verdict}.values():
-            row, verdict = self._rows[last.provider], last.verdict or Verdict.FAULT
-            names = {
-                "key": row.key_env or "it",
-                "url": row.key_url,
-                "models": row.variable("MODELS"),
-            }
-            advice = "raise the timeout" if "time limit" in last.reason else verdict.advice
-            text += f"\n   {row.name} {last.model}: {last.reason} → {advice.format(**names)}"
-        text += "" if pause is None else f"\n   the first limit ends in {math.ceil(pause)} s"
+            row = self._rows[last.provider]
+            names = {"key": row.key_env or "it", "models": row.variable("MODELS")}
+            advice = getattr(last.verdict, "advice", "").format(url=row.key_url, **names)
+            advice = "raise the timeout" if "time limit" in last.reason else advice
+            text += f"\n   {row.name} {last.model}: {last.reason} → {advice}"
+        text += f"\n   the first limit ends in {math.ceil(pause)} s" if pause else ""
         return AllProvidersFailed(text, attempts=tuple(trail), retry_after=pause)
 
     def _served_instead(self, question: Any, trail: list[Attempt], deadline: float) -> list[Turn]:
         """Turns for models that the provider serves, once all that were in the line are gone."""
-        row = self._rows[trail[-1].provider]
-        listed = {turn.model for turn in question.line if turn.row is row}
-        gone = {a.model for a in trail if a.provider == row.name and a.verdict is Verdict.GONE}
+        name = trail[-1].provider
+        listed = {t.model for t in question.line if t.row.name == name}
+        gone = {a.model for a in trail if a.provider == name and a.verdict is Verdict.GONE}
         if question.is_chosen or listed - gone:
             return []
         with self._discovery:  # whoever comes meanwhile waits for what is found
-            if row.name not in self._discovered and gone.issuperset(self.models[row.name]):
-                self._discovered.add(row.name)
-                served = [model for model in self.served(row, deadline) if model not in gone][:5]
-                if served:
-                    self.models[row.name] = served
-                    end = f"{', '.join(served)}; to choose, set {row.variable('MODELS')}=a,b"
-                    words = (row.name, ", ".join(sorted(gone)), end)
-                    logger.warning("🔎 %s: gone: %s; used instead: %s", *words)
-        new = [turn for turn in self._line(row.name, None) if turn.model not in listed]
+            is_first = name not in self._discovered and gone.issuperset(self.models[name])
+            self._discovered.update([name] * is_first)
+            found = self.served(self._rows[name], deadline) if is_first else []
+            found = [model for model in found if model not in gone][:5]
+            if found:
+                told = "🔎 %s: gone: %s; used instead: %s; to choose, set %s=a,b"
+                setting, self.models[name] = self._rows[name].variable("MODELS"), found
+                logger.warning(told, name, ", ".join(sorted(gone)), ", ".join(found), setting)
+        new = [turn for turn in self._line(name, None) if turn.model not in listed]
         question.line.extend(new)
         return new
 
@@ -1127,22 +959,18 @@ class FallbackLLM:
         """The models in the provider's own list that answer text with text, by what each entry says
         (fields of Groq 2026-09, OpenRouter 2026-10) or else by its name; none if it has no list.
         """
-        try:
-            models, listed = [], self._get(row, "/models", deadline).get("data")
-        except Failure:
-            return []
+        models, listed = [], None  # type: list[str], Any
+        with contextlib.suppress(Failure):
+            listed = self._get(row, "/models", deadline).get("data")
         for entry in listed if isinstance(listed, list) else ():
-            name, prices = dig(entry, "id"), dig(entry, "pricing")
-            modalities = dig(entry, "architecture", "output_modalities")
-            is_text = (dig(entry, "output_modalities") or modalities) in (None, ["text"])
-            is_named = isinstance(name, str) and re.fullmatch(CHAT, name)
+            name, prices, kinds = dig(entry, "id"), dig(entry, "pricing"), "output_modalities"
+            writes = dig(entry, kinds) or dig(entry, "architecture", kinds)
             size = number(dig(entry, "context_window") or dig(entry, "context_length"))
-            is_chat = (
-                is_named and is_text and not size <= 4096 and dig(entry, "active") is not False
-            )
             is_free = isinstance(prices, dict) and set(map(number, prices.values())) == {0.0}
-            if is_chat and (is_free or not row.free_only) and self._shown(name) == name:
-                models.append(name)
+            is_chat = writes in (None, ["text"]) and not size <= 4096
+            is_on = dig(entry, "active") is not False and (is_free or not row.free_only)
+            if is_chat and is_on and isinstance(name, str) and re.fullmatch(CHAT, name):
+                models += [name] * (self._shown(name) == name)
         return models
 
     def check(self, row: Provider) -> Json:
@@ -1167,11 +995,49 @@ class FallbackLLM:
             raise Failure(Verdict.DENIED, f"{row.key_env} {self.key_problem(row)}")
         until = min(deadline, self._clock() + 2 * CONNECT_TIMEOUT)
         reply = Reply(self._clock, row.silence, until, self._wall_clock())
-        key = clean(self.api_keys.get(row.name))
-        body = parsed(b"".join(self._transport.exchange(row.base_url + path, key, None, reply)))
+        body = parsed(b"".join(self._exchange(row, path, None, reply)))
         if reply.status != 200 or not isinstance(body, dict):
             raise reply.judged(body)
         return body
+
+    def _exchange(self, row: Provider, path: str, body: Any, reply: Reply) -> Iterator[bytes]:
+        """Posts the body (None: a GET), yields what comes, noted in the reply. Raises a Failure."""
+        import zlib
+        from http.client import HTTPException
+
+        from urllib3.exceptions import HTTPError
+
+        try:
+            with contextlib.closing(self._send(row, path, body, reply)) as response:
+                reply.status = response.status_code
+                reply.headers = {name.lower(): text for name, text in response.headers.items()}
+                if not 200 <= reply.status < 300:
+                    reply.heard(is_over=True)
+                packed = re.search("(?i)gzip|deflate", reply.headers.get("content-encoding", ""))
+                unpack = zlib.decompressobj(47) if packed else None  # 47: either
+                yield from chunks_of(response.raw, reply, unpack)
+        except (OSError, ValueError, HTTPException, HTTPError, zlib.error) as error:
+            if not reply.is_over:
+                reason = re.sub(r"<\S+ object at 0x\w+>:? ?", "", str(error)) or repr(error)
+                wide = reply.status is None or reason.endswith("timed out")
+                raise reply.broken(reason, wide) from None
+
+    def _send(self, row: Provider, path: str, body: Any, reply: Reply) -> Any:
+        """The response, unread. session.send() would obey netrc, keep cookies, read redirects."""
+        url, key = row.base_url + path, clean(self.api_keys.get(row.name))
+        if (url, key, body is None) not in self._templates:
+            headers = {"Authorization": "Bearer " + key} if key else {}
+            headers["User-Agent"] = f"fallback_llm/{__version__}"  # libraries' get a 403 (2026-09)
+            headers.update({"Accept-Encoding": "identity", "Content-Type": "application/json"})
+            headers["Accept"] = "text/event-stream, application/json"
+            made = self._requests.Request("GET" if body is None else "POST", url, headers).prepare()
+            env = self._session.merge_environment_settings(url, {}, True, None, None)
+            self._templates[url, key, body is None] = made, env  # its proxies and certificates
+        template, settings = self._templates[url, key, body is None]
+        request, left = template.copy(), reply.left()
+        request.prepare_body(body, None)
+        timeout = (min(CONNECT_TIMEOUT, left), left)
+        return self._session.get_adapter(url).send(request, timeout=timeout, **settings)
 
     def get_stats(self) -> dict[str, int]:
         """Counts since the last reset. A request is a question; 429 replies are rate-limited."""
@@ -1181,11 +1047,66 @@ class FallbackLLM:
     def reset_stats(self) -> None:
         self._stats = [0] * 5
 
+    def _marks_of(self, turn: Turn) -> list[Mark]:
+        keys = ((turn.row.name, ""), (turn.row.name, turn.model))
+        return [self._marks[key] for key in keys if key in self._marks]
+
+    def _ready_at(self, turn: Turn) -> float:
+        return max([turn.ready_at, *(mark.ready_at for mark in self._marks_of(turn))])
+
+    def _next(self, line: list[Turn], deadline: float) -> tuple[Turn | None, float]:
+        """Who is asked next (last: who failed lately, or is tried), and the wait; with a lease."""
+        with self._lock:
+            now, marks = self._clock(), {turn: self._marks_of(turn) for turn in line}
+            later = {t for t in line for m in marks[t] if now < max(m.later_until, m.probed_until)}
+            line = sorted(line, key=lambda turn: (turn.place, turn in later and not turn.attempts))
+            # less than a microsecond is rounding
+            waits = [(turn, max(0.0, round(self._ready_at(turn) - now, 6))) for turn in line]
+            chosen, wait = next_turn(waits, min(self.retry_config.max_delay, deadline - now))
+            if chosen is None or now + wait >= deadline:
+                return None, 0.0
+            for mark in marks[chosen]:
+                mark.probed_until = now + wait + chosen.row.silence + CONNECT_TIMEOUT
+            return chosen, wait
+
+    def _record(self, turn: Turn, failure: Failure | None, begun: float) -> None:
+        """How an attempt has ended. Failures that were under way together count as one."""
+        with self._lock:
+            now, name, marks = self._clock(), turn.row.name, self._marks_of(turn)
+            seen = self._seen.setdefault(name, ProviderHealth())
+            for mark in marks:
+                mark.probed_until = now
+            if failure is None:
+                seen.last_success, seen.consecutive_failures = self._wall_clock(), 0
+                old = [mark for mark in marks if mark.failed_at <= begun]
+                self._marks = {key: m for key, m in self._marks.items() if m not in old}
+            elif failure.verdict.asked_last is not None and not failure.blameless:
+                mark = self._marks.setdefault((name, "" if failure.wide else turn.model), Mark())
+                counts, seen.last_failure = begun >= mark.failed_at, self._wall_clock()
+                mark.failures += counts
+                seen.consecutive_failures += counts
+                pause = failure.verdict.asked_last or backoff(self.retry_config, mark.failures)
+                mark.verdict, mark.failed_at, mark.later_until = failure.verdict, now, now + pause
+                mark.ready_at = max(mark.ready_at, now + (failure.hint or 0.0))
+
     @property
     def provider_health(self) -> dict[str, ProviderHealth]:
-        """What is known of each provider now."""
-        health = self._memory.health
-        return {name: health(name, not self.key_problem(row)) for name, row in self._rows.items()}
+        """What is known of each provider now, by its latest failure since its last success."""
+        found, status, now = {}, ProviderStatus, self._clock()
+        for name, row in self._rows.items():
+            with self._lock:
+                found[name] = seen = dataclasses.replace(self._seen.get(name, ProviderHealth()))
+                marks = [mark for (owner, _), mark in self._marks.items() if owner == name]
+            mark = max(marks, key=lambda mark: mark.failed_at, default=Mark())
+            until = max(mark.ready_at, mark.later_until)
+            if self.key_problem(row) or mark.verdict is Verdict.DENIED:
+                seen.status = status.UNAVAILABLE
+            elif seen.consecutive_failures and mark.verdict is not Verdict.RATE_LIMITED:
+                seen.status = status.FAILED
+            elif seen.consecutive_failures:
+                seen.rate_limit_reset_time = self._wall_clock() + until - now
+                seen.status = status.RATE_LIMITED if until > now else status.HEALTHY
+        return found
 
     def checked_question(
         self, question: Any = None, max_tokens: Any = 500, provider: Any = None, **fields: Any
@@ -1220,8 +1141,8 @@ class FallbackLLM:
             rows = [row for row in rows if model in self.models[row.name]] or rows
         keyed = [row for row in rows if not self.key_problem(row)]
         if not keyed:
-            keys = ", ".join(str(row.key_env) for row in rows)
-            text = f"No API keys found! Please set environment variables:\n   {keys}"
+            text = "No API keys found! Please set environment variables:\n   "
+            text += ", ".join(str(row.key_env) for row in rows)
             for row in rows:
                 problem = f"{row.key_env} {self.key_problem(row)}"
                 text += f"\n   {row.name}: {problem} → get a key: {row.key_url}"
@@ -1238,58 +1159,58 @@ class FallbackLLM:
         names = self.fallback_order if provider is None else provider
         text = ",".join(map(str, names)) if isinstance(names, (list, tuple)) else str(names)
         rows, known = [name.strip().lower() for name in text.split(",")], ", ".join(self._rows)
-        is_known = self._rows.keys() >= set(rows)
-        require(is_known, f"provider must be one or more of {known}, not {provider!r:.60}")
+        wanted = f"provider must be one or more of {known}, not {provider!r:.60}"
+        require(self._rows.keys() >= set(rows), wanted)
         return [self._rows[name] for name in dict.fromkeys(rows)]
-
-    def _shown(self, text: str) -> str:
-        return one_line(text, self.api_keys.values())
 
     def key_problem(self, row: Provider) -> str:
         """Why there is no key to use for this row; "" if there is one, or none is needed."""
         key = clean(self.api_keys.get(row.name))
-        if key and not re.fullmatch(r"[!-~]+", key):
-            return "contains a character that cannot be in a key"
-        problem = "holds a placeholder" if row.name in self._placeholders else "is not set"
-        return "" if key or not row.key_env else problem
+        if key or not row.key_env:
+            odd = not re.fullmatch("[!-~]*", key)
+            return "contains a character that cannot be in a key" * odd
+        return "holds a placeholder" if row.name in self._dummies else "is not set"
+
+    def _shown(self, text: str) -> str:
+        return one_line(text, self.api_keys.values())
 
     def close(self) -> None:
         """Closes the connections that are kept alive."""
-        if self._transport.session is not None:
-            self._transport.session.close()
+        self._session.close()
 
 
 def pooled(function: Any, arguments: Iterable[Any], workers: int, ahead: int = 4) -> Iterator[Any]:
     """The results, in the order of the arguments, which are read only as far as needed."""
     from concurrent.futures import ThreadPoolExecutor
 
-    pool = ThreadPoolExecutor(checked("workers", workers))
-    futures: Any = collections.deque()
+    pool, futures = ThreadPoolExecutor(checked("workers", workers)), []  # type: Any, list[Any]
+    submitted = (pool.submit(function, argument) for argument in arguments)
     try:
-        for argument in arguments:
-            futures.append(pool.submit(function, argument))
-            if len(futures) > ahead * workers:  # a slow one does not stop the others
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
+        futures.extend(itertools.islice(submitted, ahead * workers))
+        while futures:  # so many are ahead: a slow one does not stop the others
+            yield futures.pop(0).result()
+            futures.extend(itertools.islice(submitted, 1))
     finally:
         for future in futures:
             future.cancel()
         pool.shutdown(wait=False)
 
 
-# --- 9. Command line ----------------------------------------------------------------------------
+# --- 7. Command line ----------------------------------------------------------------------------
 OPTIONS = re.findall(r"^  (?:(-\w), )?(--[\w-]+)(?: ([A-Z]+))?(?:  |$)", HELP, re.MULTILINE)
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the program. The exit code; Ctrl-C ends the process by its signal."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # type: Any
+        stream.reconfigure(errors="replace")
     try:
-        return run(parse(sys.argv[1:] if argv is None else argv))
+        args = parse(sys.argv[1:] if argv is None else argv)
+        if args.help or args.version:
+            put(HELP if args.help else VERSION)
+            return 0
+        return Program(args).run()
     except ValueError as error:  # its parameters are flags here
         names = r"^(provider|model)\b|\b(max|base)_delay\b"
         say("error: " + re.sub(names, lambda m: "--" + m.group().replace("_", "-"), str(error)))
@@ -1302,8 +1223,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         say(f"missing package: {error.name} - run: pip install requests python-dotenv")
     except OSError as error:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            # what stdout still holds goes nowhere, or the interpreter's end would complain
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # what is held is lost
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 141
@@ -1316,16 +1236,16 @@ def parse(argv: list[str]) -> Any:
     import argparse
     from difflib import get_close_matches
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            unknown = re.findall(r"unrecognized arguments:.*? (-\S+)", message)
-            near = get_close_matches(unknown[0], flags, 1, 0.5) if unknown else []
-            meant = f"did you mean {near[0]}? " if near else ""
-            hint = f" ({meant}a question that begins with - goes after --)" if unknown else ""
-            raise ValueError(message + hint)
+    def refuse(message: str) -> Any:
+        for flag in re.findall(r"unrecognized arguments:.*? (-\S+)", message):
+            near = [f"did you mean {name}? " for name in get_close_matches(flag, flags, 1, 0.5)]
+            message += f" ({''.join(near)}a question that begins with - goes after --)"
+        raise ValueError(message)
 
-    parser, flags = Parser(usage="", add_help=False, allow_abbrev=False), [o[1] for o in OPTIONS]
+    flags = [name for _, name, _ in OPTIONS]
+    parser: Any = argparse.ArgumentParser(usage="", add_help=False, allow_abbrev=False)
     parser._negative_number_matcher = re.compile(r"-(\d+|\d*\.\d+|inf|nan)$")  # --base-delay -inf
+    parser.error = refuse
     parser.add_argument("question", nargs="*")
     for *names, value in OPTIONS:
         parser.add_argument(*filter(None, names), action="store" if value else "store_true")
@@ -1337,12 +1257,11 @@ def parse(argv: list[str]) -> Any:
             setattr(args, name, None if text is None else checked(name, kind(text)))
         except ValueError:
             raise ValueError(f"{flag} must be {allowed}, not {text!r}") from None
-    require(not (args.quiet and args.verbose), "--quiet: not allowed with --verbose")
-    is_batch = args.batch or not (args.output or args.workers)
-    require(is_batch, "--output, --workers: only allowed with --batch")
     words = " ".join(args.question) or "--file" * bool(args.file)
     is_free = not words or not (args.check or args.list_models or args.batch)
     require(is_free, f"--check, --list-models, --batch: not allowed with {words!r:.60}")
+    require(not (args.quiet and args.verbose), "--quiet: not allowed with --verbose")
+    require(args.batch or not (args.output or args.workers), "--output, --workers: need --batch")
     return args
 
 
@@ -1361,18 +1280,6 @@ def put(text: str) -> None:
         print(text[start : start + 4096], end="", flush=True)
 
 
-def to_json(value: Any) -> str:
-    """A line of JSON; what terminals and encoders stumble over is escaped."""
-    odd, text = "[\x7f-\x9f\u2028\u2029\ud800-\udfff]", json.dumps(value, ensure_ascii=False)
-    return re.sub(odd, lambda m: f"\\u{ord(m.group()):04x}", text) + "\n"
-
-
-def decoded(data: bytes) -> str:
-    """The text, whatever its byte order mark; what is not UTF-8 in it is replaced."""
-    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return data.decode("utf-16" if utf16 else "utf-8-sig", "replace").replace("\0", "")
-
-
 def opened(flag: str, path: str, mode: str) -> Any:
     """The file, or stdin; ValueError if it cannot be opened. To write, it must be ours alone."""
     try:
@@ -1383,104 +1290,88 @@ def opened(flag: str, path: str, mode: str) -> Any:
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
-    except BlockingIOError:
-        raise ValueError(f"{flag} {path}: another run is writing to it") from None
     except OSError as error:
-        raise ValueError(f"{flag} {path}: {error.strerror or error}") from None
+        taken = isinstance(error, BlockingIOError) and "another run is writing to it"
+        raise ValueError(f"{flag} {path}: {taken or error.strerror or error}") from None
 
 
 def question_of(args: Any) -> str:
     """The text of a file, then of a pipe, then the words. ValueError if there is nothing."""
-    dash, parts = args.question[:1] == ["-"], []
-    words, stdin = args.question[dash:], sys.stdin
-    if args.file and args.file != "-":
-        with opened("--file", args.file, "rb") as file:
-            parts.append(decoded(file.read()))
-    is_piped = stdin is not None and not stdin.isatty() and not args.no_stdin
-    is_read = dash or is_piped or args.file == "-"
-    if is_read and stdin is not None:
-        waiting = "waiting for piped input; use --no-stdin (or </dev/null) to skip"
-        timer = threading.Timer(2.0, say, [waiting])  # seconds of silence
-        timer.daemon = True
-        timer.start()
-        stdin.buffer.peek(1)  # type: ignore[union-attr]
-        timer.cancel()
-        parts.append(decoded(stdin.buffer.read()))
+    dash, stdin, parts = args.question[:1] == ["-"], sys.stdin, []
+    is_read = stdin is not None and (dash or not (stdin.isatty() or args.no_stdin))
+    waiting = "waiting for piped input; use --no-stdin (or </dev/null) to skip"
+    timer = threading.Timer(2.0, say, [waiting])  # seconds
+    timer.daemon = True
+    timer.start()
+    for path in dict.fromkeys([args.file] * bool(args.file) + ["-"] * is_read):
+        with opened("--file", path, "rb") as file:
+            data = file.read()
+        utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        parts.append(data.decode("utf-16" if utf16 else "utf-8-sig", "replace").replace("\0", ""))
+    timer.cancel()
+    words, usage = args.question[dash:], "\n".join(re.findall("(?m)^usage.*|^  python .*", HELP))
     question = "\n\n".join(filter(None, (text.strip("\r\n") for text in [*parts, " ".join(words)])))
-    if is_blank(question):
-        require(not (words or args.file or args.no_stdin), "the question is empty")
-        usage = "\n".join(re.findall("(?m)^usage.*|^  python .*", HELP))
-        raise ValueError("no question" + (": stdin was empty" if is_read else "\n" + usage))
+    is_given = words or args.file or args.no_stdin or not is_blank(question)
+    require(is_given, "no question" + (": stdin was empty" if parts else "\n" + usage))
     return question
 
 
-def record(result: Any, started: float) -> Json:
-    """An Answer, or the error in its place, as JSON."""
-    names = ("provider", "model", "finish_reason", "usage", "retry_after")
+def to_json(result: Any, **said: Any) -> str:
+    """A line of JSON: what was said, and the Answer or the error in its place."""
     error = str(result) if isinstance(result, FallbackLLMError) else None
-    said = {"answer": getattr(result, "text", None), "error": error}
-    said.update((name, getattr(result, name, None) or None) for name in names)
-    trail = [dict(vars(attempt)) for attempt in result.attempts]
+    said.update(answer=getattr(result, "text", None), error=error)
+    for name in ("provider", "model", "finish_reason", "usage", "retry_after"):
+        said[name] = getattr(result, name, None) or None
+    said["attempts"] = trail = [dict(vars(attempt)) for attempt in result.attempts]
     for step in trail:
         step.update(waited=round(step["waited"], 3), elapsed=round(step["elapsed"], 3))
-        step["verdict"] = step["verdict"] and step["verdict"].word
-    return {**said, "attempts": trail, "elapsed_seconds": round(time.monotonic() - started, 3)}
-
-
-def run(args: Any) -> int:
-    """Does what the options say. The exit code."""
-    if args.help or args.version:
-        put(HELP if args.help else VERSION)
-        return 0
-    if sys.stdout is None:
-        raise OSError("stdout is closed: there is no place for the answer")
-    logger.addFilter(lambda record: say(record.getMessage()))  # type: ignore # and no handler
-    silent = args.quiet or (args.batch and not args.verbose)
-    logger.setLevel("CRITICAL" if silent else "DEBUG" if args.verbose else "INFO")
-    logger.debug("🚀 Initializing Fallback LLM System...")
-    program = Program(args) if args.batch is None else Batch(args)
-    with contextlib.closing(program.llm):
-        if args.check or args.list_models:
-            return program.check() if args.check else program.list_models()
-        try:
-            code = program.respond()
-        except FallbackLLMError as error:  # the first of its lines is the sum of the others
-            code, (first, *lines) = 1, str(error).split("\n")
-            ordered = [first, *lines] if isinstance(error, NoProviderError) else [*lines, first]
-            ordered[ordered.index(first)] = f"❌ {first}"
-            say("❌ " + " ".join(str(error).split()) if args.quiet else "\n".join(ordered))
-        if args.stats:
-            say("\n📊 Usage Statistics:")
-            say("\n".join(f"   {name}: {n}" for name, n in program.llm.get_stats().items()))
-        return code
+    said["elapsed_seconds"] = round(sum(step["waited"] + step["elapsed"] for step in trail), 3)
+    line = json.dumps(said, ensure_ascii=False, default=lambda verdict: verdict.word)
+    odd = "[\x7f-\x9f\u2028\u2029\ud800-\udfff]"  # terminals and encoders stumble over these
+    return re.sub(odd, lambda m: f"\\u{ord(m.group()):04x}", line) + "\n"
 
 
 class Program:
-    """One run of the command line, whose options were checked."""
-
     def __init__(self, args: Any) -> None:
-        config = {k: v for k, v in vars(args).items() if k in vars(RetryConfig()) and v is not None}
+        if sys.stdout is None:
+            raise OSError("stdout is closed: there is no place for the answer")
+        silent = args.quiet or (args.batch and not args.verbose)
+        logger.setLevel("CRITICAL" if silent else "DEBUG" if args.verbose else "INFO")
+        logger.addFilter(lambda record: say(record.getMessage()))  # type: ignore # and no handler
+        logger.debug("🚀 Initializing Fallback LLM System...")
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        config = {name: given[name] for name in vars(RetryConfig()) if name in given}
         config["jitter"] = not args.disable_jitter
-        self.llm = FallbackLLM(RetryConfig(**config), timeout=args.timeout)
-        names = ("provider", "model", "system", "temperature")
-        self.common = {name: vars(args)[name] for name in names}
-        self.common["max_tokens"] = args.max_tokens or 500
-        self.args, self.rows = args, self.llm.rows(args.provider)
-        for row in self.rows:
-            problem = self.llm.key_problem(row)
-            if problem and (args.verbose or "character" in problem):
-                say(f"⚠️  {row.key_env} {problem}")
+        self.args, self.llm = args, FallbackLLM(RetryConfig(**config), timeout=args.timeout)
+        names = ("provider", "model", "system", "temperature", "max_tokens")
+        self.common = {name: given[name] for name in names if name in given}
+        self.rows = self.llm.rows(args.provider)
+        for row in filter(self.llm.key_problem, self.rows):
+            logger.debug("⚠️  %s %s", row.key_env, self.llm.key_problem(row))
+
+    def run(self) -> int:
+        args, act = self.args, self.respond if self.args.batch is None else self.batch
+        act = self.survey if args.check or args.list_models else act
+        with contextlib.closing(self.llm):
+            try:
+                code = act()
+            except FallbackLLMError as error:  # the first of its lines is the sum of the others
+                code, (first, *lines) = 1, f"❌ {error}".split("\n")
+                lines = [first, *lines] if isinstance(error, NoProviderError) else [*lines, first]
+                say(" ".join(f"❌ {error}".split()) if args.quiet else "\n".join(lines))
+            if args.stats:
+                stats = self.llm.get_stats().items()
+                say("\n📊 Usage Statistics:" + "".join(f"\n   {name}: {n}" for name, n in stats))
+        return code
 
     def respond(self) -> int:
         """Asks one question and prints the answer. 0 if there is one."""
-        question, started, args = question_of(self.args), time.monotonic(), self.args
+        question, args = question_of(self.args), self.args
         names = ", ".join(row.name for row in self.rows if not self.llm.key_problem(row))
         logger.debug("✅ Available providers: %s\n❓ Question: %s\n🤔 Thinking...", names, question)
-        asked: Json = {"question": question, **self.common}
-        is_live = args.stream and not args.json
+        asked, is_live = {"question": question, **self.common}, args.stream and not args.json
         result: Any = self.show(self.llm.stream(**asked)) if is_live else self.llm.result(asked)
-        if args.json:
-            put(to_json(record(result, started)))
+        put(to_json(result) if args.json else "")
         if isinstance(result, FallbackLLMError):
             raise result
         self.show(iter([] if is_live or args.json else [result.text]))
@@ -1506,100 +1397,81 @@ class Program:
         finally:
             put("\n" * begun)
 
-    def check(self) -> int:
-        """Prints which keys are accepted and which models are served. 0 if somebody can answer."""
-        reports = [self.llm.check(row) for row in self.rows]
-        for report in reports if not self.args.json else ():
-            served, gone = ", ".join(report["served"]), ", ".join(report["not_served"])
-            line = "{provider}: key {key} ({seconds:.2f}s)".format(**report)
-            parts = (line, served and f"served: {served}", gone and f"not served: {gone}")
-            put("; ".join(filter(None, (*parts, report["reason"]))).translate(CONTROLS) + "\n")
-        put(to_json(reports) if self.args.json else "")
-        return int(not any(report["served"] for report in reports))
+    def survey(self) -> int:
+        """Prints which keys and models work, or all models. 0 if somebody can answer."""
+        llm, found, layout = self.llm, [], "{provider}\t{model}\n"  # type: Any, list[Json], str
+        for row in self.rows if self.args.list_models else ():
+            models = llm.served(row) or llm.models[row.name]
+            found += [{"provider": row.name, "model": model} for model in models]
+        if self.args.check:
+            found = [llm.check(row) for row in self.rows]
+            layout = "{provider}: key {key} ({seconds:.2f}s); served: {served}; "
+            layout += "not served: {not_served}; {reason}\n"
+        for one in found if not self.args.json else ():
+            told = {k: ", ".join(v) or "-" if isinstance(v, list) else v for k, v in one.items()}
+            put(layout.format(**told).translate(CONTROLS))
+        put(json.dumps(found) + "\n" if self.args.json else "")
+        return int(self.args.check and not any(report["served"] for report in found))
 
-    def list_models(self) -> int:
-        """Prints the models that each provider serves, or where it cannot be asked, the listed."""
-        found: list[Json] = []
-        for row in self.rows:
-            name, models = row.name, self.llm.served(row)
-            if not models:
-                logger.info("⚠️  %s does not tell what it serves; these are listed here:", name)
-            found += [{"provider": name, "model": m} for m in models or self.llm.models[name]]
-        lines = "".join("{provider}\t{model}\n".format(**pair) for pair in found)
-        put(to_json(found) if self.args.json else lines)
-        return 0
-
-
-class Batch(Program):
-    """Questions from a file; each result is a line of JSON, written as it comes."""
-
-    def respond(self) -> int:
+    def batch(self) -> int:
         """Asks what has no answer yet, after every line was checked. 0 if now all have one."""
         import tempfile
 
         self.before: dict[Any, int] = {}  # answered by an earlier run: id -> hash of the question
         self.counts: dict[str, int] = collections.Counter()  # by provider, and "failed"
-        self.started = self.told = time.monotonic()
-        self.stopped, self.lock, self.write = False, threading.Lock(), put
-        redraws = sys.stderr is not None and sys.stderr.isatty()
+        self.started, self.told, self.stopped = time.monotonic(), 0.0, False
+        self.lock, args, redraws = threading.Lock(), self.args, sys.stderr and sys.stderr.isatty()
         self.line, self.end, self.pause = ("{:79.79}", "\r", 0.5) if redraws else ("{}", "\n", 10.0)
         with contextlib.ExitStack() as stack:
-            source = stack.enter_context(opened("--batch", self.args.batch, "rb"))
+            source = stack.enter_context(opened("--batch", args.batch, "rb"))
             if not source.seekable():
                 pipe, source = source, stack.enter_context(tempfile.TemporaryFile())
                 source.writelines(pipe)
-            if self.args.output:
-                self.write = self.opened_output(stack)
+            self.write = self.opened_output(stack) if args.output else put
             self.total = sum(1 for _ in self.questions(source))
-            for _ in pooled(self.one, self.questions(source), self.args.workers or 8, ahead=1000):
-                pass
+            collections.deque(pooled(self.one, self.questions(source), args.workers or 8, 1000), 0)
         failed, done = self.counts["failed"], sum(self.counts.values())
         line = f"{done - failed} answered, {failed} failed, {len(self.before)} answered before"
-        say((self.line.format(line) + "\n") * (failed > 0 or not self.args.quiet), end="")
+        say((self.line.format(line) + "\n") * (failed > 0 or not args.quiet), end="")
         return int(failed > 0)
 
     def opened_output(self, stack: contextlib.ExitStack) -> Any:
         """Writes to the output, which is ours alone, after it has lost failed and torn lines."""
         path, source = os.path.realpath(self.args.output), os.path.realpath(self.args.batch)
         require(path != source, f"--output {path}: these are the questions")
-        file = stack.enter_context(opened("--output", path, "ab+"))
-        if os.path.isfile(path):
-            file.seek(0)
-            is_ours = b'{"id": '.startswith(file.read(7))
-            require(is_ours, f"--output {path}: not a file of answers, left as it is")
-            old, file = file, stack.enter_context(opened("--output", path + ".part", "wb"))
-            os.chmod(file.name, os.stat(path).st_mode & 0o777)
-            old.seek(0)
-            for line in old:
-                said = parsed(line) if line.endswith(b"\n") else None
-                name = dig(said, "id")
-                is_new = isinstance(name, (str, int)) and name not in self.before
-                if is_new and dig(said, "answer") is not None:
-                    self.before[name] = hash(str(dig(said, "question")))
-                    file.write(line)
-            file.flush()
-            os.replace(file.name, path)
+        old = stack.enter_context(opened("--output", path, "ab+"))
+        old.seek(0)
+        is_ours = os.path.isfile(path) and all(b'{"id": '.startswith(line[:7]) for line in old)
+        require(is_ours, f"--output {path}: not a file of answers, left as it is")
+        file = stack.enter_context(opened("--output", path + ".part", "wb"))
+        os.chmod(file.name, os.stat(path).st_mode & 0o777)
+        old.seek(0)
+        for line in old:
+            said = parsed(line[:-1])  # what was torn is no JSON
+            name, answer = dig(said, "id"), dig(said, "answer")
+            if answer is not None and type(name) in (str, int) and name not in self.before:
+                self.before[name] = hash(str(dig(said, "question")))
+                file.write(line)
+        file.flush()
+        os.replace(file.name, path)
         return lambda line: (file.write(line.encode()), file.flush())  # one call of the system
 
     def questions(self, source: Any) -> Iterator[tuple[Any, Json]]:
         """(id, arguments) of each line that has no answer yet. ValueError names a wrong line."""
         source.seek(0)
         seen = set()
-        for place, line in enumerate(source, 1):
-            text = decoded(line).strip()
-            if not text:
-                continue
+        for place, line in filter(lambda pair: pair[1].strip(), enumerate(source, 1)):
+            text = line.decode("utf-8-sig", "replace").strip()
             try:
                 require(b"\0" not in line, "save the file as UTF-8")
-                fields = json.loads(text) if text[0] == "{" else {"question": text}
+                fields = json.loads(text) if text[:1] == "{" else {"question": text}
                 name, asked = fields.pop("id", place), hash(str(fields.get("question")))
                 fields = {**self.common, **fields}
-                is_id = type(name) in (str, int) and name not in seen
-                require(is_id, f"id must be a text or number of its own, not {name!r:.60}")
+                is_own = type(name) in (str, int) and name not in seen
+                is_own = is_own and self.before.get(name, asked) == asked
+                require(is_own, f"id must be a text or number of this question, not {name!r:.60}")
                 seen.add(name)
                 self.llm.checked_question(**fields)
-                is_same = self.before.get(name, asked) == asked
-                require(is_same, f"the output answers another question under id {name!r}")
             except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"--batch {self.args.batch}: line {place}: {error}") from None
             if name not in self.before:
@@ -1607,25 +1479,24 @@ class Batch(Program):
 
     def one(self, question: tuple[Any, Json]) -> None:
         """Asks a question and writes its line, and now and then the progress."""
-        (name, fields), started = question, time.monotonic()
+        name, fields = question
         with self.lock:
             if self.stopped:
                 return
-        found = record(self.llm.result(fields), started)
+        result: Any = self.llm.result(fields)
         said = {key: fields[key] for key in ("messages", "question") if key in fields}
         with self.lock:
             self.stopped = True  # if the next line fails, nobody shall pay for more
-            self.write(to_json({"id": name, **said, **found}))
+            self.write(to_json(result, id=name, **said))
             self.stopped = False
-            self.counts["failed" if found["error"] else found["provider"]] += 1
-            now, failed, done = time.monotonic(), self.counts["failed"], sum(self.counts.values())
-            if self.args.quiet or now - self.told < self.pause:
+            self.counts["failed" if isinstance(result, FallbackLLMError) else result.provider] += 1
+            passed, done = time.monotonic() - self.started, sum(self.counts.values())
+            if self.args.quiet or passed - self.told < self.pause:
                 return
-            self.told, rate = now, done / (now - self.started)
-            line = f"{done}/{self.total} done, {failed} failed, {rate:.1f}/s, "
-            line += f"{(self.total - done) / rate:.0f} s left"
-            line += "".join(f"; {k} {n}" for k, n in sorted(self.counts.items()) if k != "failed")
-            say(self.line.format(line), self.end)
+            self.told, rate, left = passed, done / passed, (self.total - done) / done * passed
+            line = f"{done}/{self.total} done, {self.counts['failed']} failed, {rate:.1f}/s, "
+            whose = "".join(f"; {k} {n}" for k, n in sorted(self.counts.items()) if k != "failed")
+            say(self.line.format(f"{line}{left:.0f} s left{whose}"), self.end)
 
 
 if __name__ == "__main__":

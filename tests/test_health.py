@@ -10,7 +10,7 @@ import pytest
 
 from fallback_llm import (
     Failure,
-    Memory,
+    FallbackLLM,
     Provider,
     ProviderHealth,
     ProviderStatus,
@@ -35,7 +35,9 @@ class Story:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.memory = Memory(lambda: self.now, lambda: EPOCH + self.now)
+        clocks: Any = {"clock": lambda: self.now, "wall_clock": lambda: EPOCH + self.now}
+        keys = dict.fromkeys("ab", "k-11111111")
+        self.llm = FallbackLLM(providers=ROWS.values(), api_keys=keys, **clocks)
 
     def fails(
         self,
@@ -54,24 +56,24 @@ class Story:
     def leases(self, at: float, model: str = "a1") -> Story:
         """Somebody is chosen and has not been heard of yet."""
         self.now = at
-        assert self.memory.next([turn(model)], 60.0, 1e9)[0]
+        assert self.llm._next([turn(model)], 1e9)[0]
         return self
 
     def _record(self, at: float, failure: Any, since: float | None, model: str) -> Story:
         since = at if since is None else since
         self.now = at
-        self.memory.record(turn(model), failure, RetryConfig(), since)
+        self.llm._record(turn(model), failure, since)
         return self
 
     def line(self, at: float, *turns: Turn) -> list[tuple[Turn, float]]:
         """Who would be asked one after the other, and the wait for each; nobody gets a lease."""
         self.now, line, asked = at, [*turns] or [turn(n) for n in ("a1", "a2", "b1")], []
-        leases = {mark: mark.probed_until for mark in self.memory._marks.values()}
+        leases = {mark: mark.probed_until for mark in self.llm._marks.values()}
         while line:
             # patience without end: not the wait, but the place and the marks give the order
-            chosen, wait = self.memory.next(
-                [replace(each, patience=1e9) for each in line], 1e9, 1e9
-            )
+            self.llm.retry_config = RetryConfig(max_delay=1e9)
+            chosen, wait = self.llm._next([replace(each, patience=1e9) for each in line], 1e9)
+            self.llm.retry_config = RetryConfig()
             for mark, until in leases.items():
                 mark.probed_until = until
             (chosen,) = [each for each in line if chosen and each.label == chosen.label]
@@ -89,11 +91,12 @@ class Story:
         return [wait for _, wait in sorted(line, key=lambda pair: pair[0].label)]
 
     def ready_at(self, model: str) -> float:
-        return self.memory.ready_at(turn(model))
+        return self.llm._ready_at(turn(model, ready_at=-math.inf))
 
     def health(self, at: float, name: str = "a", has_key: bool = True) -> ProviderHealth:
         self.now = at
-        return self.memory.health(name, has_key)
+        self.llm.api_keys[name] = "k-11111111" if has_key else None
+        return self.llm.provider_health[name]
 
 
 # --- Who is asked later -------------------------------------------------------------------------
