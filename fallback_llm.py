@@ -16,8 +16,7 @@ The walk goes over candidates, (provider, model) pairs in a line, until one give
     cerebras m2, groq m1 … openrouter m4           nobody left: the question has failed
 
 From top to bottom: vocabulary, errors, `PROVIDERS` (a row each), decisions (`judge`: what a reply
-means), wire format, memory, HTTP, `FallbackLLM` (`_walk`, which alone sleeps), the command line.
-All times are seconds.
+means), wire format, `FallbackLLM` (`_walk` alone sleeps), command line. All times are seconds.
 """
 
 from __future__ import annotations
@@ -144,8 +143,8 @@ def checked(name: str, value: Any) -> Any:
     """The value, when it is what `NUMBERS` allows for this name; else ValueError."""
     kind, lowest, highest, allowed = NUMBERS[name]
     is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    is_right = is_number and lowest <= value <= highest  # nan is in no range
-    require(is_right, f"{name} must be {allowed}, not {value!r:.60}")
+    in_range = is_number and lowest <= value <= highest  # nan is in none
+    require(in_range, f"{name} must be {allowed}, not {value!r:.60}")
     return value
 
 
@@ -229,10 +228,9 @@ class Provider:
 
     def __post_init__(self) -> None:
         checked("silence", self.silence)
-        name, models = self.name, self.models
-        is_row = re.fullmatch(r"[a-z0-9_.-]+", name) and not isinstance(models, str)
-        require(is_row, f"a row has a name in lower case, several models; not {name!r}, {models!r}")
-        object.__setattr__(self, "models", tuple(models))
+        is_row = re.fullmatch(r"[a-z0-9_.-]+", self.name) and not isinstance(self.models, str)
+        require(is_row, f"a row has a name in lower case and several models: {self!r:.90}")
+        object.__setattr__(self, "models", tuple(self.models))
 
     def variable(self, what: str) -> str:
         """The name of an environment variable of this provider, such as GROQ_MODELS."""
@@ -412,8 +410,7 @@ def judge(status: int, headers: Mapping[str, str], body: Any, now: float) -> Fai
         verdict, wide = Verdict.FAULT if by_status is DENIED else by_status[0], False  # not our key
     if verdict is Verdict.RATE_LIMITED and headers.get("x-should-retry") == "false":
         verdict = Verdict.FAULT
-    is_limited = verdict is Verdict.RATE_LIMITED
-    hint = hinted(fields, message, headers, now, is_limited) if verdict.again else None
+    hint = hinted(fields, message, headers, now, verdict) if verdict.again else None
     kind = {3: "Redirect", 4: "Client"}.get(code // 100, "Server")
     reason = f"{code} {kind} Error: {responses.get(code, 'Unknown')}"
     if status < 300:
@@ -441,8 +438,9 @@ def evidence(body: Any) -> tuple[dict[str, list[Any]], str, list[str]]:
     return fields, message, codes + ["moderation"] * any(moderation)
 
 
-def hinted(fields: Any, message: str, headers: Any, now: float, is_limit: bool) -> float | None:
+def hinted(fields: Any, message: str, headers: Any, now: float, verdict: Any) -> float | None:
     """Seconds after which the server wants to be asked again: the best source that is valid."""
+    is_limit = verdict is Verdict.RATE_LIMITED  # a quota's reset says nothing of other failures
     there, found = number(headers.get("date"), True), [number(headers.get("retry-after-ms")) / 1000]
     names = ("retry_after_seconds", "retry_after", "retry-after")
     values = [value for name in names for value in reversed(fields[name])]
@@ -685,15 +683,14 @@ def one_line(text: str, keys: Iterable[str | None] = ()) -> str:
 
 
 # --- 6. FallbackLLM: settings, the walk, what providers serve, HTTP, health, questions ----------
-PLACEHOLDER = r"(?i)your[_ -].*|.*[_ -]here|<.*>|(change|replace).?me|x{3,}|.*\.{3}|todo|none|null"
+DUMMY = r"(?i)your[_ -].*|.*[_ -]here|<.*>|(change|replace).?me|x{3,}|.*\.{3}|todo|none|null"
+is_dummy = re.compile(DUMMY).fullmatch  # a placeholder for a key
 NO_CHAT = r"whisper|tts|speech|audio|guard|embed|rerank|moderation|image|ocr"
 CHAT = rf"(?i)(?!.*({NO_CHAT}))[\w./:@~+-]{{1,200}}"  # the id of a model that may answer
 
 
 def settings_of(providers: Iterable[Provider]) -> dict[str, str]:
-    """The keys and models that the environment sets, ./.env and the .env beside this file, in this
-    order; a placeholder only where there is nothing else. A .env gives nothing else.
-    """
+    """The keys and models by the environment, ./.env or the .env beside this file; "" if unset."""
     beside = os.path.join(os.path.dirname(globals().get("__file__", "")), ".env")
     sources: list[Mapping[str, str | None]] = [os.environ]
     for path in dict.fromkeys(map(os.path.abspath, (".env", beside))):
@@ -709,13 +706,12 @@ def settings_of(providers: Iterable[Provider]) -> dict[str, str]:
             logger.warning("⚠️  %s cannot be read: save it as UTF-8", path)
     names = [name for row in providers for name in (row.key_env or "", row.variable("MODELS"))]
     found = {name: filter(None, [clean(source.get(name)) for source in sources]) for name in names}
-    dummy = re.compile(PLACEHOLDER).fullmatch
-    return {name: min(found[name], key=lambda v: bool(dummy(v)), default="") for name in found}
+    return {name: min(found[name], key=lambda v: bool(is_dummy(v)), default="") for name in found}
 
 
 def base_url(row: Provider) -> str:
-    """The URL to put paths behind: of the environment or the row, whose path it gets if it has
-    none. ValueError unless it is https, or http to this machine.
+    """The URL of the environment or the row, whose path it gets if it has none. ValueError unless
+    it is https, or http to this machine.
     """
     name = row.variable("BASE_URL")
     url = (clean(os.environ.get(name)) or row.base_url).rstrip("/")
@@ -789,8 +785,8 @@ class FallbackLLM:
             listed = re.split(r"\s*,\s*", found[row.variable("MODELS")])
             self.models[row.name] = [*filter(None, listed)] or [*row.models]
             self.api_keys[row.name] = found[row.key_env or ""] or None
-        self._dummies = {n for n, k in self.api_keys.items() if re.fullmatch(PLACEHOLDER, k or "")}
-        self.api_keys.update(dict.fromkeys(self._dummies))
+        self._dummies = {n: None for n, k in self.api_keys.items() if k and is_dummy(k)}
+        self.api_keys.update(self._dummies)
         self.api_keys.update((self.rows(name)[0].name, key) for name, key in api_keys.items())
         self.fallback_order, self._stats = list(self._rows), [0] * 5
         self._marks: dict[tuple[str, str], Mark] = {}  # the model "" is all of a provider's
@@ -992,7 +988,7 @@ class FallbackLLM:
     def _get(self, row: Provider, path: str, deadline: float = math.inf) -> Json:
         """The JSON object of a GET. Raises a Failure."""
         if self.key_problem(row):
-            raise Failure(Verdict.DENIED, f"{row.key_env} {self.key_problem(row)}")
+            raise Failure(Verdict.DENIED, self.key_problem(row))
         until = min(deadline, self._clock() + 2 * CONNECT_TIMEOUT)
         reply = Reply(self._clock, row.silence, until, self._wall_clock())
         body = parsed(b"".join(self._exchange(row, path, None, reply)))
@@ -1143,9 +1139,7 @@ class FallbackLLM:
         if not keyed:
             text = "No API keys found! Please set environment variables:\n   "
             text += ", ".join(str(row.key_env) for row in rows)
-            for row in rows:
-                problem = f"{row.key_env} {self.key_problem(row)}"
-                text += f"\n   {row.name}: {problem} → get a key: {row.key_url}"
+            text += "".join(f"\n   {row.name}: {self.key_problem(row)}" for row in rows)
             one = f"export {rows[-1].key_env}=...   (or put it into .env)"
             raise NoProviderError(f"{text}\n   one is enough: {one}")
         for row in keyed:
@@ -1166,10 +1160,10 @@ class FallbackLLM:
     def key_problem(self, row: Provider) -> str:
         """Why there is no key to use for this row; "" if there is one, or none is needed."""
         key = clean(self.api_keys.get(row.name))
-        if key or not row.key_env:
-            odd = not re.fullmatch("[!-~]*", key)
-            return "contains a character that cannot be in a key" * odd
-        return "holds a placeholder" if row.name in self._dummies else "is not set"
+        odd = "" if re.fullmatch("[!-~]*", key) else "contains a character that cannot be in a key"
+        none = "holds a placeholder" if row.name in self._dummies else "is not set"
+        problem = odd if key or not row.key_env else none
+        return problem and f"{row.key_env} {problem} → get a key: {row.key_url}"
 
     def _shown(self, text: str) -> str:
         return one_line(text, self.api_keys.values())
@@ -1203,8 +1197,8 @@ CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the program. The exit code; Ctrl-C ends the process by its signal."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # type: Any
-        stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         if args.help or args.version:
@@ -1332,6 +1326,8 @@ def to_json(result: Any, **said: Any) -> str:
 
 
 class Program:
+    """One run of the command line."""
+
     def __init__(self, args: Any) -> None:
         if sys.stdout is None:
             raise OSError("stdout is closed: there is no place for the answer")
@@ -1346,8 +1342,8 @@ class Program:
         names = ("provider", "model", "system", "temperature", "max_tokens")
         self.common = {name: given[name] for name in names if name in given}
         self.rows = self.llm.rows(args.provider)
-        for row in filter(self.llm.key_problem, self.rows):
-            logger.debug("⚠️  %s %s", row.key_env, self.llm.key_problem(row))
+        for problem in filter(None, map(self.llm.key_problem, self.rows)):
+            logger.debug("⚠️  %s", problem)
 
     def run(self) -> int:
         args, act = self.args, self.respond if self.args.batch is None else self.batch
@@ -1429,7 +1425,7 @@ class Program:
                 source.writelines(pipe)
             self.write = self.opened_output(stack) if args.output else put
             self.total = sum(1 for _ in self.questions(source))
-            collections.deque(pooled(self.one, self.questions(source), args.workers or 8, 1000), 0)
+            collections.deque(pooled(self.one, self.questions(source), args.workers or 8, 100), 0)
         failed, done = self.counts["failed"], sum(self.counts.values())
         line = f"{done - failed} answered, {failed} failed, {len(self.before)} answered before"
         say((self.line.format(line) + "\n") * (failed > 0 or not args.quiet), end="")
