@@ -133,14 +133,12 @@ NUMBERS = {  # name: type, lowest, highest, what is allowed in words
 }
 
 
-def require(holds: object, problem: str) -> None:
-    """ValueError, with this problem, unless it holds."""
+def require(holds: object, problem: str) -> None:  # ValueError, with this problem, unless it holds
     if not holds:
         raise ValueError(problem)
 
 
-def checked(name: str, value: Any) -> Any:
-    """The value, when it is what `NUMBERS` allows for this name; else ValueError."""
+def checked(name: str, value: Any) -> Any:  # what `NUMBERS` allows for this name; else ValueError
     kind, lowest, highest, allowed = NUMBERS[name]
     is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
     in_range = is_number and lowest <= value <= highest  # nan is in none
@@ -264,35 +262,23 @@ class Answer:
     elapsed: float
 
 
-@dataclasses.dataclass(eq=False)
-class Turn:
-    """A candidate in the line of one question, which is in the order of the places."""
-
-    row: Provider
-    model: str
-    label: str  # "1/2": which of the provider's models it is
-    attempts: int = 0
-    ready_at: float = 0.0  # not asked before
-    patience: float = 0.0  # how long the walk waits for it although others are ready
-    place: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.row.name} {self.model}"
+# A candidate in the line of one question. label: "1/2" of the provider's models; attempts: so far;
+# ready_at: not asked before; patience: how long the walk waits for it although others are ready;
+# place: the line is in the order of the places.
+Turn = collections.namedtuple(
+    "Turn", "row model label attempts ready_at patience place", defaults=(0, 0.0, 0.0, 0)
+)
+Question = collections.namedtuple("Question", "fields line timeout is_chosen")  # the last: a model
 
 
 @dataclasses.dataclass(eq=False)
-class Mark:
-    """Failures of a provider, or of one of its models, since its last success."""
-
+class Mark:  # failures of a provider, or of one of its models, since its last success
     verdict: Verdict = Verdict.FAULT
     failures: int = 0
     failed_at: float = -math.inf
     ready_at: float = -math.inf  # the server's word: nobody asks before
     later_until: float = -math.inf  # our own guess: asked last until then
     probed_until: float = -math.inf  # the lease of somebody who is trying: the others ask it last
-
-
-Question = collections.namedtuple("Question", "fields line timeout is_chosen")  # the last: a model
 
 
 # --- 2. Errors: mistakes of the caller are ValueError, and nothing was sent ---------------------
@@ -465,24 +451,21 @@ def number(value: Any, is_date: bool = False) -> float:
     return math.nan
 
 
-def dig(value: Any, *path: str | int) -> Any:
-    """What lies at the path, names and zeros, inside parsed JSON; None where there is nothing."""
+def dig(value: Any, *path: str | int) -> Any:  # what is at this path of names and zeros, or None
     for step in path:
         first = value[0] if step == 0 and value and isinstance(value, list) else None
         value = value.get(step) if isinstance(value, dict) else first
     return value
 
 
-def parsed(body: Any) -> Any:
-    """Text or bytes as JSON, else as text; never an error."""
+def parsed(body: Any) -> Any:  # text or bytes as JSON, else as text; never an error
     try:
         return json.loads(body)
     except (ValueError, TypeError, RecursionError):
         return body.decode("utf-8-sig", "replace") if isinstance(body, bytes) else body
 
 
-def backoff(config: RetryConfig, failures: int) -> float:
-    """Seconds to wait after this many failures, jitter left out."""
+def backoff(config: RetryConfig, failures: int) -> float:  # seconds, without jitter
     growth = config.exponential_base ** (min(failures, 30) - 1)  # later a float would overflow
     return min(config.max_delay, config.base_delay * growth)
 
@@ -510,7 +493,7 @@ def line_after(
             # as long as all the waits that are left for it: a longer one gains nothing
             stays = limited and not config.eager and wait <= sum(waits)
             place, patience = (turn.place, sum(waits)) if stays else (end, 0.0)
-            after.append(Turn(turn.row, turn.model, turn.label, tries, now + wait, patience, place))
+            after.append(Turn(*turn[:3], tries, now + wait, patience, place))
     return after
 
 
@@ -538,8 +521,7 @@ def conversation(question: Any, system: Any, messages: Any) -> list[Json]:
     return [first] * bool(system) + said + [last] * (question is not None)
 
 
-def is_blank(text: str) -> bool:
-    """Whether nothing of it can be seen: white space, zero-width and control characters."""
+def is_blank(text: str) -> bool:  # nothing of it can be seen
     return not any(char.isprintable() and not char.isspace() for char in text)
 
 
@@ -563,9 +545,7 @@ def events_in(chunks: Iterable[bytes]) -> Iterator[tuple[str | None, str]]:
         yield None, "\n".join(plain).strip()
 
 
-class Reply:
-    """One exchange, as it goes: how long it may, what came over the wire, what that means."""
-
+class Reply:  # one exchange as it goes: how long it may, what came, what that means
     def __init__(self, clock: Clock, silence: float, deadline: float, epoch: float) -> None:
         self._clock, self._silence, self._deadline, self._epoch = clock, silence, deadline, epoch
         self._until, self.is_over = clock() + silence, False  # over: all that matters has come
@@ -574,15 +554,13 @@ class Reply:
         self._ended = self._thought = False  # [DONE] was said, or a plain body is complete
         self.finish_reason = self._broken = self._refusal = ""
 
-    def left(self) -> float:
-        """Seconds that the next read may take; raises a Failure when nothing is left."""
+    def left(self) -> float:  # seconds that the next read may take; raises when none are
         left = min(self._until, self._deadline) - self._clock()
         if left <= 0 and not self.is_over:
             raise self.broken(f"silent for {self._silence:g} s", True)
         return left
 
-    def broken(self, reason: str, wide: bool) -> Failure:
-        """The failure of an exchange that broke for this reason, or because the time is up."""
+    def broken(self, reason: str, wide: bool) -> Failure:  # for this reason, or as time is up
         if self._clock() >= self._deadline - 0.01:  # a socket may time out a little early
             return Failure(Verdict.FAULT, "the question's time limit is up", blameless=True)
         return Failure(Verdict.FAULT, reason, wide)
@@ -590,8 +568,7 @@ class Reply:
     def judged(self, body: Any) -> Failure:
         return judge(self.status or 0, self.headers, body, self._epoch)
 
-    def heard(self, is_over: bool) -> None:
-        """Something came: the silence begins anew, or the time for the little that may follow."""
+    def heard(self, is_over: bool) -> None:  # begins the silence anew, or the grace at the end
         if not self.is_over:
             self.is_over = is_over
             self._until = self._clock() + (min(self._silence, GRACE) if is_over else self._silence)
@@ -617,8 +594,7 @@ class Reply:
             self.text.append(held)
             yield held
 
-    def _take(self, kind: str | None, data: str, said: Any) -> str:
-        """The text in an event or a plain body; what else it says is noted."""
+    def _take(self, kind: str | None, data: str, said: Any) -> str:  # its text; notes the rest
         if not data.isascii() and re.search(r"[\udc80-\udcff]", data):
             raise Failure(Verdict.FAULT, "the answer is not UTF-8")
         self._ended, choice = kind is None, dig(said, "choices", 0)
@@ -667,8 +643,7 @@ def figures(usage: Any, kinds: Any = (int, float, dict)) -> Json:
     return {k: v for k, v in found.items() if isinstance(v, dict) or abs(v) < 1e300}
 
 
-def clean(value: str | None) -> str:
-    """A value without the quotes and white space that come along when it is pasted."""
+def clean(value: str | None) -> str:  # without what was pasted along with it
     return (value or "").strip(" \t\r\n\"'")
 
 
@@ -756,19 +731,12 @@ class FallbackLLM:
     """
 
     def __init__(
-        self,
-        retry_config: RetryConfig | None = None,
-        *,
-        providers: Iterable[Provider] = PROVIDERS,
-        api_keys: Mapping[str, str | None] | None = None,
-        timeout: float | None = None,
-        silence: float | None = None,
-        clock: Clock = time.monotonic,
-        wall_clock: Clock = time.time,
-        sleep: Callable[[float], object] = time.sleep,
-        chance: Clock | None = None,
+        self, retry_config: RetryConfig | None = None, *, providers: Iterable[Provider] = PROVIDERS,
+        api_keys: Mapping[str, str | None] | None = None, timeout: float | None = None,
+        silence: float | None = None, clock: Clock = time.monotonic, wall_clock: Clock = time.time,
+        sleep: Callable[[float], object] = time.sleep, chance: Clock | None = None,
         session: requests.Session | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         providers, api_keys = tuple(providers), dict(api_keys or {})
         self._given = {k: v for k, v in locals().items() if k not in ("self", "session")}
         import requests  # not with the module: it takes as long as some questions
@@ -845,8 +813,7 @@ class FallbackLLM:
         dicts = (asked if isinstance(asked, dict) else {"question": asked} for asked in questions)
         return pooled(self.result, ({**more, **asked} for asked in dicts), max_workers)
 
-    def result(self, arguments: Json) -> Answer | FallbackLLMError:
-        """What `complete` returns or raises for these arguments."""
+    def result(self, arguments: Json) -> Answer | FallbackLLMError:  # `complete`, not raising
         try:
             return self.complete(**arguments)
         except FallbackLLMError as error:
@@ -880,7 +847,9 @@ class FallbackLLM:
                     return Answer(text, *who, finish, reply.usage, tuple(trail), took)
                 ours = {"provider": who[0], "model": who[1], "attempts": tuple(trail)}
                 if live and text:
-                    raise StreamInterrupted(f"{turn} broke off: {reason}", partial=text, **ours)
+                    raise StreamInterrupted(
+                        f"{' '.join(who)} broke off: {reason}", partial=text, **ours
+                    )
                 if verdict is Verdict.REFUSED:
                     text = f"{who[0]} refused the question: {reason}"
                     raise AnswerRefused(text, reason=reason, **ours)
@@ -895,11 +864,12 @@ class FallbackLLM:
     def _try(self, turn: Turn, reply: Reply, trail: Any, fields: Json, live: bool) -> Any:
         """One exchange, and the documented lines of it: why it is no answer; None: it is one."""
         row, last = turn.row, (trail[-1].provider, trail[-1].model) if trail else ("", "")
-        if trail and last != (row.name, turn.model):
+        names = (row.name, turn.model)
+        if trail and last != names:
             logger.info("🔄 %s %s failed, trying next model...", *last)
         if last[0] != row.name:
             logger.info("🔄 Trying provider: %s", row.name)
-        if last != (row.name, turn.model):
+        if last != names:
             logger.info("🎯 Trying %s model %s: %s", row.name, turn.label, turn.model)
         try:
             chunks = self._exchange(row, "/chat/completions", request_body(fields, turn), reply)
@@ -908,14 +878,14 @@ class FallbackLLM:
         except Failure as caught:
             failure = caught
         if failure is None:
-            logger.info("✅ Success with %s on attempt %d", turn, turn.attempts + 1)
+            logger.info("✅ Success with %s %s on attempt %d", *names, turn.attempts + 1)
             return None
         failure.reason = self._shown(failure.reason)
         logger.warning("❌ Error in %s API request: %s", row.name, failure.reason)
         if failure.verdict is Verdict.DENIED and row.key_env:
             logger.warning("🔑 Check %s and the account: %s", row.key_env, row.key_url)
         if failure.verdict.again and turn.attempts + 1 >= self.retry_config.max_attempts:
-            logger.info("🔄 %s exhausted all %d retry attempts", turn, turn.attempts + 1)
+            logger.info("🔄 %s %s exhausted all %d retry attempts", *names, turn.attempts + 1)
         return failure
 
     def _all_failed(self, line: list[Turn], trail: list[Attempt]) -> AllProvidersFailed:
@@ -1047,26 +1017,29 @@ class FallbackLLM:
         keys = ((turn.row.name, ""), (turn.row.name, turn.model))
         return [self._marks[key] for key in keys if key in self._marks]
 
-    def _ready_at(self, turn: Turn) -> float:
+    def _ready_at(self, turn: Turn) -> Any:
         return max([turn.ready_at, *(mark.ready_at for mark in self._marks_of(turn))])
 
     def _next(self, line: list[Turn], deadline: float) -> tuple[Turn | None, float]:
         """Who is asked next (last: who failed lately, or is tried), and the wait; with a lease."""
         with self._lock:
-            now, marks = self._clock(), {turn: self._marks_of(turn) for turn in line}
-            later = {t for t in line for m in marks[t] if now < max(m.later_until, m.probed_until)}
-            line = sorted(line, key=lambda turn: (turn.place, turn in later and not turn.attempts))
+            now = self._clock()
+
+            def order(turn: Turn) -> tuple[int, bool]:
+                untils = (max(m.later_until, m.probed_until) for m in self._marks_of(turn))
+                return turn.place, now < max(untils, default=now) and not turn.attempts
+
+            line = sorted(line, key=order)
             # less than a microsecond is rounding
             waits = [(turn, max(0.0, round(self._ready_at(turn) - now, 6))) for turn in line]
             chosen, wait = next_turn(waits, min(self.retry_config.max_delay, deadline - now))
             if chosen is None or now + wait >= deadline:
                 return None, 0.0
-            for mark in marks[chosen]:
+            for mark in self._marks_of(chosen):
                 mark.probed_until = now + wait + chosen.row.silence + CONNECT_TIMEOUT
             return chosen, wait
 
     def _record(self, turn: Turn, failure: Failure | None, begun: float) -> None:
-        """How an attempt has ended. Failures that were under way together count as one."""
         with self._lock:
             now, name, marks = self._clock(), turn.row.name, self._marks_of(turn)
             seen = self._seen.setdefault(name, ProviderHealth())
@@ -1078,7 +1051,8 @@ class FallbackLLM:
                 self._marks = {key: m for key, m in self._marks.items() if m not in old}
             elif failure.verdict.asked_last is not None and not failure.blameless:
                 mark = self._marks.setdefault((name, "" if failure.wide else turn.model), Mark())
-                counts, seen.last_failure = begun >= mark.failed_at, self._wall_clock()
+                counts = begun >= mark.failed_at  # those that were under way together are one
+                seen.last_failure = self._wall_clock()
                 mark.failures += counts
                 seen.consecutive_failures += counts
                 pause = failure.verdict.asked_last or backoff(self.retry_config, mark.failures)
@@ -1094,14 +1068,14 @@ class FallbackLLM:
                 found[name] = seen = dataclasses.replace(self._seen.get(name, ProviderHealth()))
                 marks = [mark for (owner, _), mark in self._marks.items() if owner == name]
             mark = max(marks, key=lambda mark: mark.failed_at, default=Mark())
-            until = max(mark.ready_at, mark.later_until)
+            left, failed = max(mark.ready_at, mark.later_until) - now, seen.consecutive_failures > 0
             if self.key_problem(row) or mark.verdict is Verdict.DENIED:
                 seen.status = status.UNAVAILABLE
-            elif seen.consecutive_failures and mark.verdict is not Verdict.RATE_LIMITED:
+            elif failed and mark.verdict is Verdict.RATE_LIMITED:
+                seen.rate_limit_reset_time = self._wall_clock() + left
+                seen.status = status.RATE_LIMITED if left > 0 else status.HEALTHY
+            elif failed:
                 seen.status = status.FAILED
-            elif seen.consecutive_failures:
-                seen.rate_limit_reset_time = self._wall_clock() + until - now
-                seen.status = status.RATE_LIMITED if until > now else status.HEALTHY
         return found
 
     def checked_question(
@@ -1157,8 +1131,7 @@ class FallbackLLM:
         require(self._rows.keys() >= set(rows), wanted)
         return [self._rows[name] for name in dict.fromkeys(rows)]
 
-    def key_problem(self, row: Provider) -> str:
-        """Why there is no key to use for this row; "" if there is one, or none is needed."""
+    def key_problem(self, row: Provider) -> str:  # why it cannot be asked; "" if it can
         key = clean(self.api_keys.get(row.name))
         odd = "" if re.fullmatch("[!-~]*", key) else "contains a character that cannot be in a key"
         none = "holds a placeholder" if row.name in self._dummies else "is not set"
@@ -1168,8 +1141,7 @@ class FallbackLLM:
     def _shown(self, text: str) -> str:
         return one_line(text, self.api_keys.values())
 
-    def close(self) -> None:
-        """Closes the connections that are kept alive."""
+    def close(self) -> None:  # closes the connections that are kept alive
         self._session.close()
 
 
@@ -1225,8 +1197,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1
 
 
-def parse(argv: list[str]) -> Any:
-    """The options, as the lines of `HELP` have them. ValueError for what cannot be meant."""
+def parse(argv: list[str]) -> Any:  # the options as the lines of `HELP` have them; ValueError
     import argparse
     from difflib import get_close_matches
 
@@ -1259,8 +1230,7 @@ def parse(argv: list[str]) -> Any:
     return args
 
 
-def say(line: str, end: str = "\n") -> None:
-    """A line on stderr, without control characters; lost where there is no stderr."""
+def say(line: str, end: str = "\n") -> None:  # a line on stderr, if there is one
     try:
         sys.stderr.write(line.translate(CONTROLS) + end)
         sys.stderr.flush()
@@ -1268,8 +1238,7 @@ def say(line: str, end: str = "\n") -> None:
         sys.stderr = None
 
 
-def put(text: str) -> None:
-    """Writes to stdout, in pieces: one big write may not notice that the reader has gone."""
+def put(text: str) -> None:  # in pieces: one big write may not notice that the reader has gone
     for start in range(0, len(text), 4096):
         print(text[start : start + 4096], end="", flush=True)
 
@@ -1289,8 +1258,7 @@ def opened(flag: str, path: str, mode: str) -> Any:
         raise ValueError(f"{flag} {path}: {taken or error.strerror or error}") from None
 
 
-def question_of(args: Any) -> str:
-    """The text of a file, then of a pipe, then the words. ValueError if there is nothing."""
+def question_of(args: Any) -> str:  # the text of a file, then of a pipe, then the words
     dash, stdin, parts = args.question[:1] == ["-"], sys.stdin, []
     is_read = stdin is not None and (dash or not (stdin.isatty() or args.no_stdin))
     waiting = "waiting for piped input; use --no-stdin (or </dev/null) to skip"
@@ -1310,8 +1278,7 @@ def question_of(args: Any) -> str:
     return question
 
 
-def to_json(result: Any, **said: Any) -> str:
-    """A line of JSON: what was said, and the Answer or the error in its place."""
+def to_json(result: Any, **said: Any) -> str:  # a line: what was said, and what came of it
     error = str(result) if isinstance(result, FallbackLLMError) else None
     said.update(answer=getattr(result, "text", None), error=error)
     for name in ("provider", "model", "finish_reason", "usage", "retry_after"):
@@ -1325,9 +1292,7 @@ def to_json(result: Any, **said: Any) -> str:
     return re.sub(odd, lambda m: f"\\u{ord(m.group()):04x}", line) + "\n"
 
 
-class Program:
-    """One run of the command line."""
-
+class Program:  # one run of the command line
     def __init__(self, args: Any) -> None:
         if sys.stdout is None:
             raise OSError("stdout is closed: there is no place for the answer")
@@ -1360,8 +1325,7 @@ class Program:
                 say("\n📊 Usage Statistics:" + "".join(f"\n   {name}: {n}" for name, n in stats))
         return code
 
-    def respond(self) -> int:
-        """Asks one question and prints the answer. 0 if there is one."""
+    def respond(self) -> int:  # asks one question, prints the answer; 0 if there is one
         question, args = question_of(self.args), self.args
         names = ", ".join(row.name for row in self.rows if not self.llm.key_problem(row))
         logger.debug("✅ Available providers: %s\n❓ Question: %s\n🤔 Thinking...", names, question)
@@ -1376,8 +1340,7 @@ class Program:
         logger.info("\n⏱️  Response time: %.2fs", result.elapsed)
         return 0
 
-    def show(self, pieces: Iterator[str]) -> Any:
-        """Prints the pieces, less the blank lines around them. What the iterator returns."""
+    def show(self, pieces: Iterator[str]) -> Any:  # less the blank lines around; what it returns
         held, begun = "", False
         try:
             while True:
@@ -1393,8 +1356,7 @@ class Program:
         finally:
             put("\n" * begun)
 
-    def survey(self) -> int:
-        """Prints which keys and models work, or all models. 0 if somebody can answer."""
+    def survey(self) -> int:  # prints which keys and models work, or all models
         llm, found, layout = self.llm, [], "{provider}\t{model}\n"  # type: Any, list[Json], str
         for row in self.rows if self.args.list_models else ():
             models = llm.served(row) or llm.models[row.name]
@@ -1409,8 +1371,7 @@ class Program:
         put(json.dumps(found) + "\n" if self.args.json else "")
         return int(self.args.check and not any(report["served"] for report in found))
 
-    def batch(self) -> int:
-        """Asks what has no answer yet, after every line was checked. 0 if now all have one."""
+    def batch(self) -> int:  # asks what has no answer yet; 0 if now all have one
         import tempfile
 
         self.before: dict[Any, int] = {}  # answered by an earlier run: id -> hash of the question
@@ -1473,8 +1434,7 @@ class Program:
             if name not in self.before:
                 yield name, fields
 
-    def one(self, question: tuple[Any, Json]) -> None:
-        """Asks a question and writes its line, and now and then the progress."""
+    def one(self, question: tuple[Any, Json]) -> None:  # asks it and writes its line
         name, fields = question
         with self.lock:
             if self.stopped:

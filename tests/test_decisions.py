@@ -372,9 +372,11 @@ def test_backoff() -> None:
 A, B = (Provider(name, f"https://{name}.test", "KEY", ("1", "2")) for name in "ab")
 
 
-def turn(name: str, wait: float = -100, patience: float = 0.0, attempts: int = 0) -> Turn:
+def turn(
+    name: str, wait: float = -100, patience: float = 0.0, attempts: int = 0, place: int = 0
+) -> Turn:
     """The turn of a model such as "a1", at 100 seconds."""
-    return Turn(A if name[0] == "a" else B, name[1], name, attempts, 100 + wait, patience)
+    return Turn(A if name[0] == "a" else B, name[1], name, attempts, 100 + wait, patience, place)
 
 
 LINES = {
@@ -440,9 +442,8 @@ MOVES = {  # attempts before, ruling, hint, config, chance; the line, wait and p
 def test_line_after(move: Any) -> None:
     """Who is out, who keeps the place, who goes to the end; and how long each is not asked."""
     attempts, (verdict, wide), hint, config, chance, order, (wait, patience) = move
-    line = [turn("a1", attempts=attempts), turn("a2"), turn("b1", -93, 3)]
-    line[2].place = 6
-    before = [dict(vars(each)) for each in line]
+    line = [turn("a1", attempts=attempts), turn("a2"), turn("b1", -93, 3, place=6)]
+    before = [each._asdict() for each in line]
     expected = {each["label"]: dict(each) for each in before}
     reached = ("a1", "a2") if wide else ("a1",)
     for label in reached:
@@ -451,8 +452,8 @@ def test_line_after(move: Any) -> None:
         expected[label]["place"] = 0 if order == FIRST else 7
     after = line_after(line, line[0], Failure(verdict, "", wide, hint), config, 100.0, chance)
     ordered = sorted(after, key=lambda each: (each.place, each.label))
-    assert [vars(each) for each in ordered] == [expected[label] for label in order.split()]
-    assert [vars(each) for each in line] == before
+    assert [each._asdict() for each in ordered] == [expected[label] for label in order.split()]
+    assert [each._asdict() for each in line] == before
 
 
 # --- What is refused at birth -------------------------------------------------------------------

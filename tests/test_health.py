@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,7 +71,7 @@ class Story:
         while line:
             # patience without end: not the wait, but the place and the marks give the order
             self.llm.retry_config = RetryConfig(max_delay=1e9)
-            chosen, wait = self.llm._next([replace(each, patience=1e9) for each in line], 1e9)
+            chosen, wait = self.llm._next([each._replace(patience=1e9) for each in line], 1e9)
             self.llm.retry_config = RetryConfig()
             for mark, until in leases.items():
                 mark.probed_until = until
@@ -91,7 +90,7 @@ class Story:
         return [wait for _, wait in sorted(line, key=lambda pair: pair[0].label)]
 
     def ready_at(self, model: str) -> float:
-        return self.llm._ready_at(turn(model, ready_at=-math.inf))
+        return float(self.llm._ready_at(turn(model, ready_at=-math.inf)))
 
     def health(self, at: float, name: str = "a", has_key: bool = True) -> ProviderHealth:
         self.now = at
