@@ -100,8 +100,6 @@ TYPE_CHECKING = False  # typing itself is not imported: that takes a tenth of th
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Generator, Iterable, Iterator, Mapping
 
-    import requests
-
     Json = Dict[str, Any]
     Clock = Callable[[], float]
 
@@ -185,10 +183,8 @@ class ProviderHealth:
 
 
 class Verdict(enum.Enum):
-    """What a failure means: a word; is the candidate asked again in this question; for how many
-    seconds do later ones ask it last (0: a growing backoff, None: none); what the user can do.
-    """
-
+    # what a failure means: a word; is the candidate asked again in this question; for how many
+    # seconds do later ones ask it last (0: a growing backoff, None: none); what the user can do
     RATE_LIMITED = ("rate_limited", True, 0.0, "wait for the limit to end")
     FAULT = ("fault", True, 0.0, "try again later")
     UNSUITABLE = ("unsuitable", False, None, "change the question, --max-tokens or the model (-m)")
@@ -230,8 +226,7 @@ class Provider:
         require(is_row, f"a row has a name in lower case and several models: {self!r:.90}")
         object.__setattr__(self, "models", tuple(self.models))
 
-    def variable(self, what: str) -> str:
-        """The name of an environment variable of this provider, such as GROQ_MODELS."""
+    def variable(self, what: str) -> str:  # of the environment, such as GROQ_MODELS
         return re.sub(r"\W", "_", self.name).upper() + "_" + what
 
 
@@ -262,9 +257,8 @@ class Answer:
     elapsed: float
 
 
-# A candidate in the line of one question. label: "1/2" of the provider's models; attempts: so far;
-# ready_at: not asked before; patience: how long the walk waits for it although others are ready;
-# place: the line is in the order of the places.
+# A candidate in the line of a question, which is in the order of the places. ready_at: not asked
+# before. patience: how long the walk waits for it although others are ready. label: such as "1/2".
 Turn = collections.namedtuple(
     "Turn", "row model label attempts ready_at patience place", defaults=(0, 0.0, 0.0, 0)
 )
@@ -420,8 +414,8 @@ def evidence(body: Any) -> tuple[dict[str, list[Any]], str, list[str]]:
     message = ": ".join({re.sub(PAGE, r"HTML page: \1", text[:4000]): 0 for text in texts})
     names = ("limit_source", "code", "error", "error_type", "type")
     codes = [c for name in names for c in reversed(fields[name]) if isinstance(c, str)]
-    moderation = fields["reasons"] + fields["flagged_input"] + fields["patterns"]
-    return fields, message, codes + ["moderation"] * any(moderation)
+    is_moderated = any(fields["reasons"] + fields["flagged_input"] + fields["patterns"])
+    return fields, message, codes + ["moderation"] * is_moderated
 
 
 def hinted(fields: Any, message: str, headers: Any, now: float, verdict: Any) -> float | None:
@@ -547,9 +541,9 @@ def events_in(chunks: Iterable[bytes]) -> Iterator[tuple[str | None, str]]:
 
 class Reply:  # one exchange as it goes: how long it may, what came, what that means
     def __init__(self, clock: Clock, silence: float, deadline: float, epoch: float) -> None:
-        self._clock, self._silence, self._deadline, self._epoch = clock, silence, deadline, epoch
+        self._clock, self._silence, self._deadline, self.epoch = clock, silence, deadline, epoch
         self._until, self.is_over = clock() + silence, False  # over: all that matters has come
-        self.status, self.headers = None, {}  # type: int | None, Mapping[str, str]
+        self.status, self.headers = 0, {}  # type: int, Mapping[str, str]
         self.text, self.usage = [], {}  # type: list[str], Json
         self._ended = self._thought = False  # [DONE] was said, or a plain body is complete
         self.finish_reason = self._broken = self._refusal = ""
@@ -565,9 +559,6 @@ class Reply:  # one exchange as it goes: how long it may, what came, what that m
             return Failure(Verdict.FAULT, "the question's time limit is up", blameless=True)
         return Failure(Verdict.FAULT, reason, wide)
 
-    def judged(self, body: Any) -> Failure:
-        return judge(self.status or 0, self.headers, body, self._epoch)
-
     def heard(self, is_over: bool) -> None:  # begins the silence anew, or the grace at the end
         if not self.is_over:
             self.is_over = is_over
@@ -578,8 +569,8 @@ class Reply:  # one exchange as it goes: how long it may, what came, what that m
         held = ""  # the beginning, which may be <think>…</think>, cut anywhere
         for kind, data in events_in(chunks):
             said = parsed(data)
-            if not 200 <= (self.status or 0) < 300:
-                raise self.judged(said)
+            if not 200 <= self.status < 300:
+                raise judge(self.status, self.headers, said, self.epoch)
             self._ended = self._ended or said == "[DONE]"
             text = "" if self._ended or kind == "ping" or not data else self._take(kind, data, said)
             if text and not self.text:
@@ -607,7 +598,8 @@ class Reply:  # one exchange as it goes: how long it may, what came, what that m
         if reason == "error":
             error = error or choice.get("native_finish_reason") or "finish_reason error"
         if error or kind == "error" or (flat and not isinstance(said, str)):
-            raise self.judged({"error": error or said, "status_code": top.get("status_code")})
+            body = {"error": error or said, "status_code": top.get("status_code")}
+            raise judge(self.status, self.headers, body, self.epoch)
         if not isinstance(said, dict) and not self.finish_reason:
             self._broken = self._broken or f"no answer in the reply: {flat}"
         self.finish_reason = reason if reason and isinstance(reason, str) else self.finish_reason
@@ -675,19 +667,18 @@ def settings_of(providers: Iterable[Provider]) -> dict[str, str]:
 
                 sources.append(dotenv_values(path, encoding="utf-8-sig", interpolate=False))
                 require("\0" not in "".join(filter(None, sources[-1].values())), "no text")
-        except ImportError:
-            logger.warning("⚠️  %s is not read: pip install python-dotenv", path)
-        except (OSError, ValueError):
-            logger.warning("⚠️  %s cannot be read: save it as UTF-8", path)
+        except (ImportError, OSError, ValueError) as error:
+            advice = (
+                "install python-dotenv" if isinstance(error, ImportError) else "save it as UTF-8"
+            )
+            logger.warning("⚠️  %s cannot be read: %s", path, advice)
     names = [name for row in providers for name in (row.key_env or "", row.variable("MODELS"))]
     found = {name: filter(None, [clean(source.get(name)) for source in sources]) for name in names}
     return {name: min(found[name], key=lambda v: bool(is_dummy(v)), default="") for name in found}
 
 
 def base_url(row: Provider) -> str:
-    """The URL of the environment or the row, whose path it gets if it has none. ValueError unless
-    it is https, or http to this machine.
-    """
+    """The URL of the environment, with the row's path if it has none, or else of the row."""
     name = row.variable("BASE_URL")
     url = (clean(os.environ.get(name)) or row.base_url).rstrip("/")
     host = r"(?i)(https://[\w.-]+|https?://(localhost|127(\.\d+){3}|\[::1\]))(:\d{1,5})?"
@@ -716,7 +707,7 @@ def chunks_of(raw: Any, reply: Reply, unpack: Any) -> Iterator[bytes]:
             raise Failure(Verdict.FAULT, f"the reply is longer than {MAX_BODY} bytes")
         yield data
     is_half = unpack and not unpack.eof and not reply.is_over
-    if (is_half or getattr(source, "length", None)) and (reply.status or 0) < 300:
+    if (is_half or getattr(source, "length", None)) and reply.status < 300:
         raise Failure(Verdict.FAULT, "the answer was cut: half of its bytes")
     source.close()
     getattr(raw, "release_conn", source.close)()
@@ -735,7 +726,7 @@ class FallbackLLM:
         api_keys: Mapping[str, str | None] | None = None, timeout: float | None = None,
         silence: float | None = None, clock: Clock = time.monotonic, wall_clock: Clock = time.time,
         sleep: Callable[[float], object] = time.sleep, chance: Clock | None = None,
-        session: requests.Session | None = None,
+        session: Any = None,  # a requests.Session
     ) -> None:  # fmt: skip
         providers, api_keys = tuple(providers), dict(api_keys or {})
         self._given = {k: v for k, v in locals().items() if k not in ("self", "session")}
@@ -840,7 +831,7 @@ class FallbackLLM:
                 self._record(turn, failure, begun)
                 who, text, answered = (turn.row.name, turn.model), "".join(reply.text), not failure
                 verdict, reason = (failure.verdict, failure.reason) if failure else (None, "")
-                facts = (*who, turn.attempts + 1, reply.status, verdict, reason, slept)
+                facts = (*who, turn.attempts + 1, reply.status or None, verdict, reason, slept)
                 trail.append(Attempt(*facts, self._clock() - begun))
                 if failure is None:
                     finish, took = self._shown(reply.finish_reason) or None, self._clock() - started
@@ -963,7 +954,7 @@ class FallbackLLM:
         reply = Reply(self._clock, row.silence, until, self._wall_clock())
         body = parsed(b"".join(self._exchange(row, path, None, reply)))
         if reply.status != 200 or not isinstance(body, dict):
-            raise reply.judged(body)
+            raise judge(reply.status, reply.headers, body, reply.epoch)
         return body
 
     def _exchange(self, row: Provider, path: str, body: Any, reply: Reply) -> Iterator[bytes]:
@@ -985,7 +976,7 @@ class FallbackLLM:
         except (OSError, ValueError, HTTPException, HTTPError, zlib.error) as error:
             if not reply.is_over:
                 reason = re.sub(r"<\S+ object at 0x\w+>:? ?", "", str(error)) or repr(error)
-                wide = reply.status is None or reason.endswith("timed out")
+                wide = not reply.status or reason.endswith("timed out")
                 raise reply.broken(reason, wide) from None
 
     def _send(self, row: Provider, path: str, body: Any, reply: Reply) -> Any:
@@ -1015,7 +1006,7 @@ class FallbackLLM:
 
     def _marks_of(self, turn: Turn) -> list[Mark]:
         keys = ((turn.row.name, ""), (turn.row.name, turn.model))
-        return [self._marks[key] for key in keys if key in self._marks]
+        return [mark for mark in map(self._marks.get, keys) if mark]
 
     def _ready_at(self, turn: Turn) -> Any:
         return max([turn.ready_at, *(mark.ready_at for mark in self._marks_of(turn))])
@@ -1023,15 +1014,13 @@ class FallbackLLM:
     def _next(self, line: list[Turn], deadline: float) -> tuple[Turn | None, float]:
         """Who is asked next (last: who failed lately, or is tried), and the wait; with a lease."""
         with self._lock:
-            now = self._clock()
-
-            def order(turn: Turn) -> tuple[int, bool]:
-                untils = (max(m.later_until, m.probed_until) for m in self._marks_of(turn))
-                return turn.place, now < max(untils, default=now) and not turn.attempts
-
-            line = sorted(line, key=order)
-            # less than a microsecond is rounding
-            waits = [(turn, max(0.0, round(self._ready_at(turn) - now, 6))) for turn in line]
+            now, ranked = self._clock(), []  # type: float, list[Any]
+            for turn in line:
+                untils = [max(m.later_until, m.probed_until) for m in self._marks_of(turn)]
+                is_later = now < max(untils, default=now) and not turn.attempts
+                wait = max(0.0, round(self._ready_at(turn) - now, 6))  # less is rounding
+                ranked.append(((turn.place, is_later), (turn, wait)))
+            waits = [pair for _, pair in sorted(ranked, key=lambda each: each[0])]
             chosen, wait = next_turn(waits, min(self.retry_config.max_delay, deadline - now))
             if chosen is None or now + wait >= deadline:
                 return None, 0.0
@@ -1302,8 +1291,8 @@ class Program:  # one run of the command line
         logger.debug("🚀 Initializing Fallback LLM System...")
         given = {name: value for name, value in vars(args).items() if value is not None}
         config = {name: given[name] for name in vars(RetryConfig()) if name in given}
-        config["jitter"] = not args.disable_jitter
-        self.args, self.llm = args, FallbackLLM(RetryConfig(**config), timeout=args.timeout)
+        retry = RetryConfig(**config, jitter=not args.disable_jitter)
+        self.args, self.llm = args, FallbackLLM(retry, timeout=args.timeout)
         names = ("provider", "model", "system", "temperature", "max_tokens")
         self.common = {name: given[name] for name in names if name in given}
         self.rows = self.llm.rows(args.provider)
