@@ -21,6 +21,7 @@ means), wire format, `FallbackLLM` (`_walk` alone sleeps), command line. All tim
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 __version__ = "1.0.0"
@@ -71,14 +72,11 @@ exit: 0 answered, 1 no answer, 2 wrong usage (nothing sent), 130 interrupted,
 """
 VERSION = f"fallback_llm {__version__}\n"
 if __name__ == "__main__" and sys.argv[1:] in (["-h"], ["--help"], ["-V"], ["--version"]):
-    try:  # noqa: SIM105 - before the imports: it takes half the time
+    with contextlib.suppress(OSError):  # before the imports: it takes half the time
         sys.exit(print(HELP if "h" in sys.argv[1] else VERSION, end="", flush=True))
-    except OSError:
-        pass  # main() says what is wrong
 
 import codecs
 import collections
-import contextlib
 import dataclasses
 import enum
 import functools
@@ -314,15 +312,14 @@ BRIEF = {"gpt-oss": {"reasoning_effort": "low"}}
 # fmt: off
 PROVIDERS = (
     Provider("cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY",
-             models=("gpt-oss-120b", "qwen-3.8-27b"),
-             silence=10.0, key_url="https://cloud.cerebras.ai",
+             ("gpt-oss-120b", "qwen-3.8-27b"), silence=10.0, key_url="https://cloud.cerebras.ai",
              defaults={**BRIEF, "qwen-3.8": {"reasoning_effort": "none"}}),
     Provider("groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY",
-             models=("openai/gpt-oss-120b", "openai/gpt-oss-20b", "qwen/qwen3.8-27b"),
+             ("openai/gpt-oss-120b", "openai/gpt-oss-20b", "qwen/qwen3.8-27b"),
              silence=10.0, key_url="https://console.groq.com/keys", defaults=BRIEF),
     Provider("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY",
-             models=("nvidia/nemotron-3-super-120b-a12b:free", "qwen/qwen3.8-27b:free",
-                     "google/gemma-4-31b-it:free", "openrouter/free"),  # a router over all
+             ("nvidia/nemotron-3-super-120b-a12b:free", "qwen/qwen3.8-27b:free",
+              "google/gemma-4-31b-it:free", "openrouter/free"),  # a router over all
              silence=30.0, key_url="https://openrouter.ai/settings/keys",
              key_path="/key", free_only=True),  # its models list takes any key
 )
@@ -435,8 +432,7 @@ def hinted(fields: Any, message: str, headers: Any, now: float, verdict: Any) ->
     return next((seconds for seconds in found if 0 <= seconds <= MAX_HINT), None)
 
 
-def number(value: Any, is_date: bool = False) -> float:
-    """The value as a number, an HTTP date as epoch seconds; nan for anything else."""
+def number(value: Any, is_date: bool = False) -> float:  # or nan; a date in epoch seconds
     from email.utils import mktime_tz, parsedate_tz
 
     with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError, AttributeError):
@@ -493,18 +489,17 @@ def line_after(
 
 # --- 5. Wire format: requests, answers in one piece, event streams. Pure ------------------------
 def request_body(fields: Json, turn: Turn) -> bytes:
-    """The request for this candidate, without lone surrogates: Cerebras refuses them (2026-09)."""
     rows = [row for word, row in turn.row.defaults.items() if word in turn.model]
     body = dict(collections.ChainMap(fields, *rows[::-1], {"model": turn.model}))
     try:
         text = json.dumps(body, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the question cannot be sent as JSON: {error}") from None
+    # Cerebras refuses lone surrogates (2026-09)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-def conversation(question: Any, system: Any, messages: Any) -> list[Json]:
-    """The messages to send: system, those so far, the question. ValueError if there is nothing."""
+def conversation(question: Any, system: Any, messages: Any) -> list[Json]:  # what is to be sent
     for name, text in (("question", question), ("system", system)):
         require(text is None or isinstance(text, str), f"the {name} must be text, not {text!r:.60}")
     said = list(messages) if isinstance(messages, (list, tuple)) else []
@@ -610,8 +605,7 @@ class Reply:  # one exchange as it goes: how long it may, what came, what that m
         texts = [dig(part, "text") for part in content] if isinstance(content, list) else [content]
         return "".join([text for text in texts if isinstance(text, str)])
 
-    def failure(self, live: bool) -> Failure | None:
-        """Why this is no whole answer; None if it is one. Live, what was broken is skipped."""
+    def failure(self, live: bool) -> Failure | None:  # live, what was broken is skipped
         text, end, fault = "".join(self.text), self.finish_reason, Verdict.FAULT
         if end == "content_filter" or (self._refusal and not text):
             return Failure(Verdict.REFUSED, self._refusal or "a content filter stopped the answer")
@@ -627,8 +621,7 @@ class Reply:  # one exchange as it goes: how long it may, what came, what that m
         return Failure(Verdict.UNSUITABLE if end == "length" else fault, why)
 
 
-def figures(usage: Any, kinds: Any = (int, float, dict)) -> Json:
-    """The numbers of a usage report, two levels deep; whatever else is in it is left out."""
+def figures(usage: Any, kinds: Any = (int, float, dict)) -> Json:  # the numbers in a usage report
     items = usage.items() if isinstance(usage, dict) else ()
     known = {k: v for k, v in items if re.fullmatch("[a-z_]{1,64}", k) and isinstance(v, kinds)}
     found = {k: figures(v, (int, float)) if isinstance(v, dict) else v for k, v in known.items()}
@@ -639,8 +632,7 @@ def clean(value: str | None) -> str:  # without what was pasted along with it
     return (value or "").strip(" \t\r\n\"'")
 
 
-def one_line(text: str, keys: Iterable[str | None] = ()) -> str:
-    """A server's text as one short line that is safe to show: no control characters, keys, ids."""
+def one_line(text: str, keys: Iterable[str | None] = ()) -> str:  # safe to show: no keys, ids …
     known = r"(?i)\b(csk-|gsk_|sk-)[\w-]{8,}|(?<=bearer )[\w.~+/=-]{8,}|(?<=://)[^/@\s]+(?=@)"
     line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     for key in sorted(map(clean, keys), key=len, reverse=True):
@@ -656,8 +648,7 @@ NO_CHAT = r"whisper|tts|speech|audio|guard|embed|rerank|moderation|image|ocr"
 CHAT = rf"(?i)(?!.*({NO_CHAT}))[\w./:@~+-]{{1,200}}"  # the id of a model that may answer
 
 
-def settings_of(providers: Iterable[Provider]) -> dict[str, str]:
-    """The keys and models by the environment, ./.env or the .env beside this file; "" if unset."""
+def settings_of(providers: Iterable[Provider]) -> dict[str, str]:  # keys and models; "" if unset
     beside = os.path.join(os.path.dirname(globals().get("__file__", "")), ".env")
     sources: list[Mapping[str, str | None]] = [os.environ]
     for path in dict.fromkeys(map(os.path.abspath, (".env", beside))):
@@ -677,8 +668,7 @@ def settings_of(providers: Iterable[Provider]) -> dict[str, str]:
     return {name: min(found[name], key=lambda v: bool(is_dummy(v)), default="") for name in found}
 
 
-def base_url(row: Provider) -> str:
-    """The URL of the environment, with the row's path if it has none, or else of the row."""
+def base_url(row: Provider) -> str:  # by the environment or the row; a key is safe with it
     name = row.variable("BASE_URL")
     url = (clean(os.environ.get(name)) or row.base_url).rstrip("/")
     host = r"(?i)(https://[\w.-]+|https?://(localhost|127(\.\d+){3}|\[::1\]))(:\d{1,5})?"
@@ -758,8 +748,7 @@ class FallbackLLM:
             for scheme in ("https://", "http://"):
                 self._session.mount(scheme, adapter(pool_maxsize=POOL_WIDTH))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """The settings travel; of the keys only those that the constructor was given."""
+    def __reduce__(self) -> tuple[Any, ...]:  # of the keys, only those that the constructor got
         state = {n: vars(self)[n] for n in ("retry_config", "fallback_order", "models")}
         return functools.partial(type(self), **self._given), (), state
 
@@ -946,8 +935,7 @@ class FallbackLLM:
         gone = [model for model in listed if model not in served]
         return {**report, "served": served, "not_served": gone, "reason": reason}
 
-    def _get(self, row: Provider, path: str, deadline: float = math.inf) -> Json:
-        """The JSON object of a GET. Raises a Failure."""
+    def _get(self, row: Provider, path: str, deadline: float = math.inf) -> Json:  # or a Failure
         if self.key_problem(row):
             raise Failure(Verdict.DENIED, self.key_problem(row))
         until = min(deadline, self._clock() + 2 * CONNECT_TIMEOUT)
@@ -1071,8 +1059,7 @@ class FallbackLLM:
         self, question: Any = None, max_tokens: Any = 500, provider: Any = None, **fields: Any
     ) -> Question:
         """The question, checked. ValueError for what cannot be meant; NoProviderError."""
-        for name in {"tools", "stream", "n"}.intersection(fields):
-            raise ValueError(f"{name} is not supported")
+        require(not {"tools", "stream", "n"} & set(fields), "tools, stream and n are not supported")
         model, timeout, more = fields.pop("model", None), fields.pop("timeout", None), bool(fields)
         said = conversation(question, fields.pop("system", None), fields.pop("messages", None))
         limit = {"max_tokens": max_tokens} if fields.get("max_completion_tokens") is None else {}
@@ -1086,8 +1073,7 @@ class FallbackLLM:
             request_body(fields, line[0])  # ValueError for what JSON cannot carry
         return Question(fields, line, timeout, model is not None)
 
-    def _line(self, provider: Any, model: Any) -> list[Turn]:
-        """The candidates, in the order they are asked."""
+    def _line(self, provider: Any, model: Any) -> list[Turn]:  # the candidates, in their order
         rows, line = self.rows(provider), []
         is_id = model is None or (isinstance(model, str) and not is_blank(model))
         require(is_id, f"model must be the id of a model, not {model!r:.60}")
@@ -1111,8 +1097,7 @@ class FallbackLLM:
         require(line, f"models must name one: {', '.join(row.name for row in keyed)} has none")
         return line
 
-    def rows(self, provider: Any = None) -> list[Provider]:
-        """The rows of these providers (None: of all), in the order they are asked."""
+    def rows(self, provider: Any = None) -> list[Provider]:  # None: all; in their order
         names = self.fallback_order if provider is None else provider
         text = ",".join(map(str, names)) if isinstance(names, (list, tuple)) else str(names)
         rows, known = [name.strip().lower() for name in text.split(",")], ", ".join(self._rows)
@@ -1232,8 +1217,7 @@ def put(text: str) -> None:  # in pieces: one big write may not notice that the 
         print(text[start : start + 4096], end="", flush=True)
 
 
-def opened(flag: str, path: str, mode: str) -> Any:
-    """The file, or stdin; ValueError if it cannot be opened. To write, it must be ours alone."""
+def opened(flag: str, path: str, mode: str) -> Any:  # to write, it must be ours alone
     try:
         file = open(0 if path == "-" else path, mode)  # noqa: SIM115 - whoever called closes it
         if mode != "rb":
@@ -1361,8 +1345,6 @@ class Program:  # one run of the command line
         return int(self.args.check and not any(report["served"] for report in found))
 
     def batch(self) -> int:  # asks what has no answer yet; 0 if now all have one
-        import tempfile
-
         self.before: dict[Any, int] = {}  # answered by an earlier run: id -> hash of the question
         self.counts: dict[str, int] = collections.Counter()  # by provider, and "failed"
         self.started, self.told, self.stopped = time.monotonic(), 0.0, False
@@ -1370,9 +1352,7 @@ class Program:  # one run of the command line
         self.line, self.end, self.pause = ("{:79.79}", "\r", 0.5) if redraws else ("{}", "\n", 10.0)
         with contextlib.ExitStack() as stack:
             source = stack.enter_context(opened("--batch", args.batch, "rb"))
-            if not source.seekable():
-                pipe, source = source, stack.enter_context(tempfile.TemporaryFile())
-                source.writelines(pipe)
+            source = source if source.seekable() else io.BytesIO(source.read())
             self.write = self.opened_output(stack) if args.output else put
             self.total = sum(1 for _ in self.questions(source))
             collections.deque(pooled(self.one, self.questions(source), args.workers or 8, 100), 0)
@@ -1381,8 +1361,7 @@ class Program:  # one run of the command line
         say((self.line.format(line) + "\n") * (failed > 0 or not args.quiet), end="")
         return int(failed > 0)
 
-    def opened_output(self, stack: contextlib.ExitStack) -> Any:
-        """Writes to the output, which is ours alone, after it has lost failed and torn lines."""
+    def opened_output(self, stack: contextlib.ExitStack) -> Any:  # what adds a line to it
         path, source = os.path.realpath(self.args.output), os.path.realpath(self.args.batch)
         require(path != source, f"--output {path}: these are the questions")
         old = stack.enter_context(opened("--output", path, "ab+"))
@@ -1402,8 +1381,7 @@ class Program:  # one run of the command line
         os.replace(file.name, path)
         return lambda line: (file.write(line.encode()), file.flush())  # one call of the system
 
-    def questions(self, source: Any) -> Iterator[tuple[Any, Json]]:
-        """(id, arguments) of each line that has no answer yet. ValueError names a wrong line."""
+    def questions(self, source: Any) -> Iterator[tuple[Any, Json]]:  # those without an answer yet
         source.seek(0)
         seen = set()
         for place, line in filter(lambda pair: pair[1].strip(), enumerate(source, 1)):
