@@ -16,8 +16,7 @@ The walk goes over candidates, (provider, model) pairs in a line, until one give
     cerebras m2, groq m1 … openrouter m4           nobody left: the question has failed
 
 From top to bottom: vocabulary, errors, `PROVIDERS` (a row each), decisions (`judge`: what a reply
-means), wire format, `FallbackLLM` (`_walk` alone sleeps), command line. All times are seconds.
-"""
+means), wire format, `FallbackLLM` (`_walk` alone sleeps), command line. All times are seconds."""
 
 from __future__ import annotations
 
@@ -66,7 +65,6 @@ examples:
 One of CEREBRAS_API_KEY, GROQ_API_KEY, OPENROUTER_API_KEY is needed, in the
 environment or in a .env file here or beside the program. GROQ_MODELS=a,b are
 models to ask instead; GROQ_BASE_URL (not from .env) is another address.
-
 exit: 0 answered, 1 no answer, 2 wrong usage (nothing sent), 130 interrupted,
 141 reader gone. https://github.com/example/fallback-llm
 """
@@ -145,8 +143,7 @@ def checked(name: str, value: Any) -> Any:  # what `NUMBERS` allows for this nam
 @dataclasses.dataclass
 class RetryConfig:
     """How often a model is asked, and the seconds in between: after the n-th failure min(max_delay,
-    base_delay * exponential_base ** (n - 1)), at least a server's hint. Nonsense is a ValueError.
-    """
+    base_delay * exponential_base ** (n - 1)), at least a server's hint. ValueError: nonsense."""
 
     max_attempts: int = 5  # of one model in one question, the first included
     base_delay: float = 2.0
@@ -181,8 +178,7 @@ class ProviderHealth:
 
 
 class Verdict(enum.Enum):
-    # what a failure means: a word; is the candidate asked again in this question; for how many
-    # seconds do later ones ask it last (0: a growing backoff, None: none); what the user can do
+    # a word; asked again in this question?; seconds that later ones ask it last; what to do
     RATE_LIMITED = ("rate_limited", True, 0.0, "wait for the limit to end")
     FAULT = ("fault", True, 0.0, "try again later")
     UNSUITABLE = ("unsuitable", False, None, "change the question, --max-tokens or the model (-m)")
@@ -215,8 +211,7 @@ class Provider:
     key_url: str = ""  # where to get a key
     key_path: str = "/models"  # GET of this tells whether a key is accepted
     free_only: bool = False  # models that are discovered must cost nothing
-    # parameters for the models that have this word in their id
-    defaults: Mapping[str, Json] = dataclasses.field(default_factory=dict, hash=False)
+    defaults: Json = dataclasses.field(default_factory=dict, hash=False)  # by a word of the id
 
     def __post_init__(self) -> None:
         checked("silence", self.silence)
@@ -644,8 +639,7 @@ def one_line(text: str, keys: Iterable[str | None] = ()) -> str:  # safe to show
 # --- 6. FallbackLLM: settings, the walk, what providers serve, HTTP, health, questions ----------
 DUMMY = r"(?i)your[_ -].*|.*[_ -]here|<.*>|(change|replace).?me|x{3,}|.*\.{3}|todo|none|null"
 is_dummy = re.compile(DUMMY).fullmatch  # a placeholder for a key
-NO_CHAT = r"whisper|tts|speech|audio|guard|embed|rerank|moderation|image|ocr"
-CHAT = rf"(?i)(?!.*({NO_CHAT}))[\w./:@~+-]{{1,200}}"  # the id of a model that may answer
+CHAT = r"(?!.*(whisper|tts|speech|audio|guard|embed|rerank|moderation|image|ocr))[\w./:@~+-]{1,200}"
 
 
 def settings_of(providers: Iterable[Provider]) -> dict[str, str]:  # keys and models; "" if unset
@@ -708,8 +702,7 @@ class FallbackLLM:
     `PROVIDERS`. api_keys: by provider; they win over the environment and .env files. timeout: limit
     of a whole question. silence: overrides every row's. clock, wall_clock, sleep, chance, session:
     for tests. ValueError for what cannot be meant; a missing key is no error here. fallback_order,
-    api_keys and models may be changed at any time.
-    """
+    api_keys and models may be changed at any time."""
 
     def __init__(
         self, retry_config: RetryConfig | None = None, *, providers: Iterable[Provider] = PROVIDERS,
@@ -767,8 +760,7 @@ class FallbackLLM:
         list), asked in this order. more: model ("[provider:]model"), system, messages (a
         conversation, continued by the question), timeout (seconds), temperature, and any other
         parameter of the chat completions API. ValueError and NoProviderError (nothing was sent),
-        AllProvidersFailed, AnswerRefused.
-        """
+        AllProvidersFailed, AnswerRefused."""
         walk = self._walk(self.checked_question(question, max_tokens, provider, **more), live=False)
         try:
             while True:
@@ -780,16 +772,14 @@ class FallbackLLM:
         self, question: str | None = None, max_tokens: int = 500, provider: Any = None, **more: Any
     ) -> Generator[str, None, Answer]:
         """The text, piece by piece as it comes. Arguments and errors as in `complete`; a break
-        after the first piece is StreamInterrupted. Closing the iterator closes the connection.
-        """
+        after the first piece is StreamInterrupted. Closing the iterator closes the connection."""
         return self._walk(self.checked_question(question, max_tokens, provider, **more), live=True)
 
     def ask_many(
         self, questions: Iterable[Any], max_workers: int = 8, **more: Any
     ) -> Iterator[Any]:
         """For each question, a string or a dict of `complete`'s arguments, an Answer or the error
-        in its place; in their order, lazily. more: for all of them. ValueError as in `complete`.
-        """
+        in its place; in their order, lazily. more: for all of them. ValueError as in `complete`."""
         dicts = (asked if isinstance(asked, dict) else {"question": asked} for asked in questions)
         return pooled(self.result, ({**more, **asked} for asked in dicts), max_workers)
 
@@ -903,8 +893,7 @@ class FallbackLLM:
 
     def served(self, row: Provider, deadline: float = math.inf) -> list[str]:
         """The models in the provider's own list that answer text with text, by what each entry says
-        (fields of Groq 2026-09, OpenRouter 2026-10) or else by its name; none if it has no list.
-        """
+        (fields of Groq 2026-09, OpenRouter 2026-10) or else by its name; none if it has no list."""
         models, listed = [], None  # type: list[str], Any
         with contextlib.suppress(Failure):
             listed = self._get(row, "/models", deadline).get("data")
@@ -915,7 +904,7 @@ class FallbackLLM:
             is_free = isinstance(prices, dict) and set(map(number, prices.values())) == {0.0}
             is_chat = writes in (None, ["text"]) and not size <= 4096
             is_on = dig(entry, "active") is not False and (is_free or not row.free_only)
-            if is_chat and is_on and isinstance(name, str) and re.fullmatch(CHAT, name):
+            if is_chat and is_on and isinstance(name, str) and re.fullmatch(CHAT, name, re.I):
                 models += [name] * (self._shown(name) == name)
         return models
 
@@ -950,8 +939,7 @@ class FallbackLLM:
         import zlib
         from http.client import HTTPException
 
-        from urllib3.exceptions import HTTPError
-
+        HTTPError = self._requests.exceptions.BaseHTTPError  # urllib3's
         try:
             with contextlib.closing(self._send(row, path, body, reply)) as response:
                 reply.status = response.status_code
