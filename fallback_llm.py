@@ -27,8 +27,7 @@ __version__ = "1.0.0"
 HELP = """\
 usage: fallback_llm.py [options] [--] [question ...]
 
-Asks a language model; when a provider fails, the next one answers: Cerebras,
-Groq, OpenRouter. Only the answer goes to stdout.
+Asks a language model; if one fails, another. Only the answer goes to stdout.
 
   -                      the question is on stdin (a pipe is read anyway)
   -f, --file PATH        put the text of a file before the question
@@ -250,8 +249,7 @@ class Answer:
     elapsed: float
 
 
-# A candidate in the line of a question, which is in the order of the places. ready_at: not asked
-# before. patience: how long the walk waits for it although others are ready. label: such as "1/2".
+# A candidate in a line. patience: how long the walk waits for it although others are ready
 Turn = collections.namedtuple(
     "Turn", "row model label attempts ready_at patience place", defaults=(0, 0.0, 0.0, 0)
 )
@@ -302,9 +300,7 @@ class StreamInterrupted(FallbackLLMError):
 
 
 # --- 3. Providers: ids as of October 2026. When all of a row are gone, its list is asked for ----
-# gpt-oss thinks before it answers, and a small max_tokens would go into thinking alone
-BRIEF = {"gpt-oss": {"reasoning_effort": "low"}}
-# fmt: off
+BRIEF = {"gpt-oss": {"reasoning_effort": "low"}}  # or a small max_tokens goes into thinking alone
 PROVIDERS = (
     Provider("cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY",
              ("gpt-oss-120b", "qwen-3.8-27b"), silence=10.0, key_url="https://cloud.cerebras.ai",
@@ -317,8 +313,7 @@ PROVIDERS = (
               "google/gemma-4-31b-it:free", "openrouter/free"),  # a router over all
              silence=30.0, key_url="https://openrouter.ai/settings/keys",
              key_path="/key", free_only=True),  # its models list takes any key
-)
-# fmt: on
+)  # fmt: skip
 
 
 # --- 4. Decisions: what a reply means, how long to wait, who is next. Pure ----------------------
@@ -357,6 +352,7 @@ WORDS = {  # searched in the message: narrow, what is permanent first; then what
 STATUSES = {3: DOWN, 4: UNSUITABLE, 401: DENIED, 402: DENIED, 403: DENIED, 429: LIMITED}
 STATUSES.update(dict.fromkeys((408, 409, 424, 425, 498, 499), FAULT))  # else by hundreds, or FAULT
 RELAYED = "Provider returned error"  # what a router says of its supplier's error
+NO_TEXT = ("", "data", "event", "id", "retry")  # the fields of an event stream; "" is a comment
 OPENED = ("error", "errors", "metadata", "availability", "headers")  # what holds more of an error
 LONG = r"(?is)^(?!.*per.min).*(\bper[ -](hour|day|week|month)|\b(hourly|daily|monthly)\b)"
 PAGE = r"(?is)^\s*<(?:!doctype|html|head).*?(?:<title[^>]{0,200}>\s*(.{0,200}?)\s*</title>.*|$)"
@@ -475,8 +471,7 @@ def line_after(
             waits = [backoff(config, n) for n in range(tries, config.max_attempts)]
             pause = waits[0] * (0.8 + 0.2 * chance if config.jitter else 1.0)
             wait, limited = max(pause, failure.hint or 0.0), failure.verdict is Verdict.RATE_LIMITED
-            # as long as all the waits that are left for it: a longer one gains nothing
-            stays = limited and not config.eager and wait <= sum(waits)
+            stays = limited and not config.eager and wait <= sum(waits)  # else in vain
             place, patience = (turn.place, sum(waits)) if stays else (end, 0.0)
             after.append(Turn(*turn[:3], tries, now + wait, patience, place))
     return after
@@ -523,8 +518,7 @@ def events_in(chunks: Iterable[bytes]) -> Iterator[tuple[str | None, str]]:
                 is_stream = True
                 yield "".join([value.strip() for name, _, value in fields if name == "event"]), data
             elif not is_stream:
-                names = ("", "data", "event", "id", "retry")  # "": of a comment
-                plain += ["".join(field) for field in fields if field[0] not in names]
+                plain += ["".join(f) for f in fields if f[0] not in NO_TEXT]
     if not is_stream:
         yield None, "\n".join(plain).strip()
 
@@ -554,8 +548,7 @@ class Reply:  # one exchange as it goes: how long it may, what came, what that m
             self.is_over = is_over
             self._until = self._clock() + (min(self._silence, GRACE) if is_over else self._silence)
 
-    def read(self, chunks: Iterable[bytes]) -> Iterator[str]:
-        """The text of each event as it completes, "" if it has none. Raises a Failure."""
+    def read(self, chunks: Iterable[bytes]) -> Iterator[str]:  # the text of each event, if any
         held = ""  # the beginning, which may be <think>…</think>, cut anywhere
         for kind, data in events_in(chunks):
             said = parsed(data)
@@ -652,11 +645,10 @@ def settings_of(providers: Iterable[Provider]) -> dict[str, str]:  # keys and mo
 
                 sources.append(dotenv_values(path, encoding="utf-8-sig", interpolate=False))
                 require("\0" not in "".join(filter(None, sources[-1].values())), "no text")
-        except (ImportError, OSError, ValueError) as error:
-            advice = (
-                "install python-dotenv" if isinstance(error, ImportError) else "save it as UTF-8"
-            )
-            logger.warning("⚠️  %s cannot be read: %s", path, advice)
+        except ImportError:
+            logger.warning("⚠️  %s is not read: pip install python-dotenv", path)
+        except (OSError, ValueError):
+            logger.warning("⚠️  %s cannot be read: save it as UTF-8", path)
     names = [name for row in providers for name in (row.key_env or "", row.variable("MODELS"))]
     found = {name: filter(None, [clean(source.get(name)) for source in sources]) for name in names}
     return {name: min(found[name], key=lambda v: bool(is_dummy(v)), default="") for name in found}
@@ -698,11 +690,10 @@ def chunks_of(raw: Any, reply: Reply, unpack: Any) -> Iterator[bytes]:
 
 
 class FallbackLLM:
-    """Asks candidates until one answers. Threads may share it; pickles. providers: rows as in
-    `PROVIDERS`. api_keys: by provider; they win over the environment and .env files. timeout: limit
-    of a whole question. silence: overrides every row's. clock, wall_clock, sleep, chance, session:
-    for tests. ValueError for what cannot be meant; a missing key is no error here. fallback_order,
-    api_keys and models may be changed at any time."""
+    """Asks candidates until one answers; threads may share it, it pickles. providers: rows as in
+    `PROVIDERS`. api_keys: by provider; they win over the environment and .env files. timeout: of a
+    whole question. silence: of all rows. clock, wall_clock, sleep, chance, session: for tests.
+    ValueError, but not for a missing key. fallback_order, api_keys, models: may be changed."""
 
     def __init__(
         self, retry_config: RetryConfig | None = None, *, providers: Iterable[Provider] = PROVIDERS,
@@ -735,11 +726,9 @@ class FallbackLLM:
         self._seen: dict[str, ProviderHealth] = {}  # the facts; the status is derived
         self._lock, self._discovery = threading.Lock(), threading.Lock()
         self._discovered, self._templates = set(), {}  # type: set[str], dict[Any, Any]
-        self._requests, self._session = requests, session  # type: Any, Any
-        if session is None:
-            self._session, adapter = requests.Session(), requests.adapters.HTTPAdapter
-            for scheme in ("https://", "http://"):
-                self._session.mount(scheme, adapter(pool_maxsize=POOL_WIDTH))
+        self._requests, self._session = requests, session or requests.Session()  # type: Any, Any
+        for adapter in self._session.adapters.values() if session is None else ():
+            adapter.init_poolmanager(POOL_WIDTH, POOL_WIDTH)  # type: ignore[union-attr]
 
     def __reduce__(self) -> tuple[Any, ...]:  # of the keys, only those that the constructor got
         state = {n: vars(self)[n] for n in ("retry_config", "fallback_order", "models")}
@@ -758,9 +747,8 @@ class FallbackLLM:
     ) -> Answer:
         """The answer and how it came about. provider: a name or several ("groq,openrouter" or a
         list), asked in this order. more: model ("[provider:]model"), system, messages (a
-        conversation, continued by the question), timeout (seconds), temperature, and any other
-        parameter of the chat completions API. ValueError and NoProviderError (nothing was sent),
-        AllProvidersFailed, AnswerRefused."""
+        conversation, continued by the question), timeout (seconds), any parameter of the API.
+        ValueError, NoProviderError (nothing was sent), AllProvidersFailed, AnswerRefused."""
         walk = self._walk(self.checked_question(question, max_tokens, provider, **more), live=False)
         try:
             while True:
@@ -817,9 +805,8 @@ class FallbackLLM:
                     return Answer(text, *who, finish, reply.usage, tuple(trail), took)
                 ours = {"provider": who[0], "model": who[1], "attempts": tuple(trail)}
                 if live and text:
-                    raise StreamInterrupted(
-                        f"{' '.join(who)} broke off: {reason}", partial=text, **ours
-                    )
+                    broke = f"{' '.join(who)} broke off: {reason}"
+                    raise StreamInterrupted(broke, partial=text, **ours)
                 if verdict is Verdict.REFUSED:
                     text = f"{who[0]} refused the question: {reason}"
                     raise AnswerRefused(text, reason=reason, **ours)
@@ -858,8 +845,7 @@ class FallbackLLM:
             logger.info("🔄 %s %s exhausted all %d retry attempts", *names, turn.attempts + 1)
         return failure
 
-    def _all_failed(self, line: list[Turn], trail: list[Attempt]) -> AllProvidersFailed:
-        """The error, whose text has a line for each provider with a way out."""
+    def _all_failed(self, line: list[Turn], trail: list[Attempt]) -> AllProvidersFailed:  # and why
         text, now = "All providers and models failed", self._clock()
         pause = min((at - now for at in map(self._ready_at, line) if at > now), default=None)
         for last in {attempt.provider: attempt for attempt in trail if attempt.verdict}.values():
@@ -1016,9 +1002,8 @@ class FallbackLLM:
                 self._marks = {key: m for key, m in self._marks.items() if m not in old}
             elif failure.verdict.asked_last is not None and not failure.blameless:
                 mark = self._marks.setdefault((name, "" if failure.wide else turn.model), Mark())
-                counts = begun >= mark.failed_at  # those that were under way together are one
-                seen.last_failure = self._wall_clock()
-                mark.failures += counts
+                counts, seen.last_failure = begun >= mark.failed_at, self._wall_clock()
+                mark.failures += counts  # those that were under way together are one
                 seen.consecutive_failures += counts
                 pause = failure.verdict.asked_last or backoff(self.retry_config, mark.failures)
                 mark.verdict, mark.failed_at, mark.later_until = failure.verdict, now, now + pause
@@ -1207,7 +1192,7 @@ def put(text: str) -> None:  # in pieces: one big write may not notice that the 
 
 def opened(flag: str, path: str, mode: str) -> Any:  # to write, it must be ours alone
     try:
-        file = open(0 if path == "-" else path, mode)  # noqa: SIM115 - whoever called closes it
+        file = open(0 if path == "-" else path, mode, closefd=path != "-")  # noqa: SIM115
         if mode != "rb":
             with contextlib.suppress(ImportError):  # Windows has none
                 import fcntl
