@@ -352,7 +352,6 @@ WORDS = {  # searched in the message: narrow, what is permanent first; then what
 STATUSES = {3: DOWN, 4: UNSUITABLE, 401: DENIED, 402: DENIED, 403: DENIED, 429: LIMITED}
 STATUSES.update(dict.fromkeys((408, 409, 424, 425, 498, 499), FAULT))  # else by hundreds, or FAULT
 RELAYED = "Provider returned error"  # what a router says of its supplier's error
-NO_TEXT = ("", "data", "event", "id", "retry")  # the fields of an event stream; "" is a comment
 OPENED = ("error", "errors", "metadata", "availability", "headers")  # what holds more of an error
 LONG = r"(?is)^(?!.*per.min).*(\bper[ -](hour|day|week|month)|\b(hourly|daily|monthly)\b)"
 PAGE = r"(?is)^\s*<(?:!doctype|html|head).*?(?:<title[^>]{0,200}>\s*(.{0,200}?)\s*</title>.*|$)"
@@ -518,7 +517,7 @@ def events_in(chunks: Iterable[bytes]) -> Iterator[tuple[str | None, str]]:
                 is_stream = True
                 yield "".join([value.strip() for name, _, value in fields if name == "event"]), data
             elif not is_stream:
-                plain += ["".join(f) for f in fields if f[0] not in NO_TEXT]
+                plain.append(re.sub("(?m)^(:|(data|event|id|retry)(:|$)).*", "", block))
     if not is_stream:
         yield None, "\n".join(plain).strip()
 
@@ -786,12 +785,12 @@ class FallbackLLM:
                 turn, wait = self._next(line, deadline)
                 if turn is None:
                     raise self._all_failed(question.line, trail)
+                ready_at, slept = self._ready_at(turn), slept + wait
                 if wait:
                     logger.info("⏳ Waiting %.2fs before retry...", wait)
-                    ready_at, slept = self._ready_at(turn), slept + wait
                     self._sleep(wait)
-                    if self._ready_at(turn) > ready_at:  # another thread was told so
-                        continue
+                if self._ready_at(turn) > ready_at:  # another thread was told so meanwhile
+                    continue
                 begun, answered = self._clock(), live  # whoever closes a stream has read enough
                 reply = Reply(self._clock, turn.row.silence, deadline, self._wall_clock())
                 failure = yield from self._try(turn, reply, trail, question.fields, live)
