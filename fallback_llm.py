@@ -10,7 +10,7 @@ The walk goes over candidates, (provider, model) pairs in a line, until one give
     cerebras m1 ─┬─ a whole answer ─────────────► done
                  ├─ 429, a short pause ─────────► wait, ask m1 again
                  ├─ 429, a long pause ────────┐
-                 ├─ 5xx, silent, empty, cut … ┴─► m1 to the end of the line; ask the next
+                 ├─ 5xx, empty, cut, silent … ┴─► m1 (silent: all models) to the end; ask the next
                  ├─ 400, 401, 404 … ────────────► m1 (401: all of cerebras) out; ask the next
                  └─ against the rules ──────────► stop, the question is refused
     cerebras m2, groq m1 … openrouter m4           nobody left: the question has failed
@@ -177,7 +177,7 @@ class ProviderHealth:
 
 
 class Verdict(enum.Enum):
-    # a word; asked again in this question?; seconds that later ones ask it last; what to do
+    # a word; asked again in this question?; seconds asked last (0: backoff, None: not); what to do
     RATE_LIMITED = ("rate_limited", True, 0.0, "wait for the limit to end")
     FAULT = ("fault", True, 0.0, "try again later")
     UNSUITABLE = ("unsuitable", False, None, "change the question, --max-tokens or the model (-m)")
@@ -249,7 +249,7 @@ class Answer:
     elapsed: float
 
 
-# A candidate in a line. patience: how long the walk waits for it although others are ready
+# A candidate in a line, which is in the order of places. patience: how long others wait for it
 Turn = collections.namedtuple(
     "Turn", "row model label attempts ready_at patience place", defaults=(0, 0.0, 0.0, 0)
 )
@@ -349,8 +349,8 @@ WORDS = {  # searched in the message: narrow, what is permanent first; then what
     REFUSED: r"content (\w+ )?polic(y|ies)|safety (system|filter)|request blocked: |flagged by|"
     r"flagged for|(input|prompt|content|message|text) (was|is|were|has been) flagged",
 }
-STATUSES = {3: DOWN, 4: UNSUITABLE, 401: DENIED, 402: DENIED, 403: DENIED, 429: LIMITED}
-STATUSES.update(dict.fromkeys((408, 409, 424, 425, 498, 499), FAULT))  # else by hundreds, or FAULT
+STATUSES = dict.fromkeys((408, 409, 424, 425, 498, 499), FAULT)  # 3, 4: the others; else FAULT
+STATUSES.update({401: DENIED, 402: DENIED, 403: DENIED, 429: LIMITED, 3: DOWN, 4: UNSUITABLE})
 RELAYED = "Provider returned error"  # what a router says of its supplier's error
 OPENED = ("error", "errors", "metadata", "availability", "headers")  # what holds more of an error
 LONG = r"(?is)^(?!.*per.min).*(\bper[ -](hour|day|week|month)|\b(hourly|daily|monthly)\b)"
@@ -376,7 +376,7 @@ def judge(status: int, headers: Mapping[str, str], body: Any, now: float) -> Fai
     if message.startswith(RELAYED) and (verdict, wide) not in (UNSUITABLE, GONE, REFUSED):
         verdict, wide = Verdict.FAULT if by_status is DENIED else by_status[0], False  # not our key
     if verdict is Verdict.RATE_LIMITED and headers.get("x-should-retry") == "false":
-        verdict = Verdict.FAULT
+        verdict = Verdict.FAULT  # congestion: others are asked before it, not waited for
     hint = hinted(fields, message, headers, now, verdict) if verdict.again else None
     kind = {3: "Redirect", 4: "Client"}.get(code // 100, "Server")
     reason = f"{code} {kind} Error: {responses.get(code, 'Unknown')}"
@@ -470,7 +470,7 @@ def line_after(
             waits = [backoff(config, n) for n in range(tries, config.max_attempts)]
             pause = waits[0] * (0.8 + 0.2 * chance if config.jitter else 1.0)
             wait, limited = max(pause, failure.hint or 0.0), failure.verdict is Verdict.RATE_LIMITED
-            stays = limited and not config.eager and wait <= sum(waits)  # else in vain
+            stays = limited and not config.eager and wait <= sum(waits)  # all that are left
             place, patience = (turn.place, sum(waits)) if stays else (end, 0.0)
             after.append(Turn(*turn[:3], tries, now + wait, patience, place))
     return after

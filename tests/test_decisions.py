@@ -222,7 +222,10 @@ CASES = {
     "inside: words of a limit": (200, nested("x", "Rate-limit reached"), LIMITED),
     "inside: other words of it": (200, nested("x", "too many requests"), LIMITED),
     "inside: the code's words of it": (200, nested("rate_limit"), LIMITED),
-    "a moderation that is down": (500, nested(500, "Nothing is flagged now"), FAULT),
+    "a moderation that is down": (500, nested(500, "No text is flagged by us now"), FAULT),
+    "the inner code before the outer": (
+        500, {"code": "server_error", "error": {"code": "model_archived"}}, GONE
+    ),
     "inside: nothing known": (200, nested("x", "Generation broke off"), FAULT),
     "inside: just a word": (200, {"error": "boom"}, FAULT),
     "from 300 its own status wins": (300, nested(429, "m"), DOWN),
