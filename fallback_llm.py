@@ -1085,7 +1085,7 @@ class FallbackLLM:
         return problem and f"{row.key_env} {problem} → get a key: {row.key_url}"
 
     def _shown(self, text: str) -> str:
-        return one_line(text, self.api_keys.values())
+        return text if text in ("stop", "length") else one_line(text, self.api_keys.values())
 
     def close(self) -> None:  # closes the connections that are kept alive
         self._session.close()
