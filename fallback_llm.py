@@ -477,14 +477,13 @@ def line_after(
 
 
 # --- 5. Wire format: requests, answers in one piece, event streams. Pure ------------------------
-def request_body(fields: Json, turn: Turn) -> bytes:
+def request_body(fields: Json, turn: Turn) -> bytes:  # Cerebras refuses lone surrogates (2026-09)
     rows = [row for word, row in turn.row.defaults.items() if word in turn.model]
     body = dict(collections.ChainMap(fields, *rows[::-1], {"model": turn.model}))
     try:
         text = json.dumps(body, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the question cannot be sent as JSON: {error}") from None
-    # Cerebras refuses lone surrogates (2026-09)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
@@ -963,7 +962,8 @@ class FallbackLLM:
         return dict(zip([*names.split(), "provider_switches"], self._stats))
 
     def reset_stats(self) -> None:
-        self._stats = [0] * 5
+        with self._lock:  # or a question that ends just now would bring the old ones back
+            self._stats = [0] * 5
 
     def _marks_of(self, turn: Turn) -> list[Mark]:
         keys = ((turn.row.name, ""), (turn.row.name, turn.model))
