@@ -3,171 +3,442 @@
 # requires-python = ">=3.7"
 # dependencies = ["requests", "python-dotenv"]
 # ///
-"""Ask a language model, and get an answer although providers fail.
+"""Ask a language model, and get an answer even when providers fail.
 
-The walk goes over candidates, (provider, model) pairs in a line, until one gives a whole answer:
+A question walks through candidates, which are (provider, model) pairs in a line, until one of
+them gives a whole, non-empty answer:
 
-    cerebras m1 ─┬─ a whole answer ─────────────► done
-                 ├─ 429, a short pause ─────────► wait, ask m1 again
-                 ├─ 429, a long pause ────────┐
-                 ├─ 5xx, empty, cut, silent … ┴─► m1 (silent: all models) to the end; ask the next
-                 ├─ 400, 401, 404 … ────────────► m1 (401: all of cerebras) out; ask the next
-                 └─ against the rules ──────────► stop, the question is refused
-    cerebras m2, groq m1 … openrouter m4           nobody left: the question has failed
+    cerebras m1 ─┬─ a whole answer ──────────► done
+                 ├─ 429, short wait ─────────► wait, then ask m1 again
+                 ├─ 429, long wait ────────┐
+                 ├─ 5xx, empty, cut, silent ┴► m1 goes to the end of the line; ask the next one
+                 ├─ 400, 404 … ──────────────► m1 is out; ask the next one
+                 ├─ 401, 402 … ──────────────► all of cerebras is out; ask the next one
+                 └─ content refused ─────────► stop: no other model is asked
+    cerebras m2, groq m1 … openrouter m4       nobody left: the question has failed
 
-From top to bottom: vocabulary, errors, `PROVIDERS` (a row each), decisions (`judge`: what a reply
-means), wire format, `FallbackLLM` (`_walk` alone sleeps), command line. All times are seconds."""
+The file reads from top to bottom; each section uses only the sections above it:
+
+    1  settings             RetryConfig, Provider, PROVIDERS, where keys and lists come from
+    2  results and errors   Answer, Attempt, Verdict, ProviderHealth, the exceptions
+    3  judging              what a reply means, and how long a server asks us to wait
+    4  wire format          request bodies, server-sent events, the answer being put together
+    5  Transport            one HTTP exchange within its time limits
+    6  Health               what is known of providers and models across questions
+    7  Queue                the candidates of one question: who is next, and how long to wait
+    8  FallbackLLM          the public methods and the walk
+    9  command line         options, output, one function per command
+    10 Batch                many questions from a file to a file
+
+All times are in seconds.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-
-__version__ = "1.0.0"
-HELP = """\
-usage: fallback_llm.py [options] [--] [question ...]
-
-Asks a language model; if one fails, another. Only the answer goes to stdout.
-
-  -                      the question is on stdin (a pipe is read anyway)
-  -f, --file PATH        put the text of a file before the question
-  -s, --system TEXT      how to answer, such as "in French, in one sentence"
-  --provider NAMES       only these, in this order: groq,openrouter
-  -m, --model MODEL      only this model; PROVIDER:MODEL names its provider
-  --max-tokens N         longest answer, thinking included (default: 500)
-  --temperature T        from 0 to 2 (default: the model's own)
-  --timeout SECONDS      limit for the whole question, waits included
-  --max-attempts N       requests to one model, at most (default: 5)
-  --base-delay SECONDS   first wait, doubled each time (default: 2.0)
-  --max-delay SECONDS    longest single wait (default: 60.0)
-  --disable-jitter       wait exactly as long, not 80 to 100 percent of it
-  --eager                ask somebody else instead of waiting for a rate limit
-  --stream               print the answer as it is written
-  --json                 print one JSON object, also when all fail
-  -q, --quiet            nothing on stderr but errors
-  -v, --verbose          more on stderr
-  --stats                usage statistics on stderr
-  --no-stdin             do not read a pipe
-  --check                tell which keys and models work; costs no tokens
-  --list-models          print PROVIDER<tab>MODEL
-  --batch FILE           ask each line: a text, or JSON with question, id ...
-  -o, --output FILE      for a batch's answers; run again, it asks only the rest
-  --workers N            questions of a batch in flight (default: 8)
-  -V, --version          print the version
-  -h, --help             print this help
-
-examples:
-  python fallback_llm.py "What is the capital of France?"
-  cat error.log | python fallback_llm.py "explain this" --provider groq --stats
-  python fallback_llm.py --batch questions.txt -o answers.jsonl --workers 16
-
-One of CEREBRAS_API_KEY, GROQ_API_KEY, OPENROUTER_API_KEY is needed, in the
-environment or in a .env file here or beside the program. GROQ_MODELS=a,b are
-models to ask instead; GROQ_BASE_URL (not from .env) is another address.
-exit: 0 answered, 1 no answer, 2 wrong usage (nothing sent), 130 interrupted,
-141 reader gone. https://github.com/example/fallback-llm
-"""
-VERSION = f"fallback_llm {__version__}\n"
-if __name__ == "__main__" and sys.argv[1:] in (["-h"], ["--help"], ["-V"], ["--version"]):
-    with contextlib.suppress(OSError):  # before the imports: it takes half the time
-        sys.exit(print(HELP if "h" in sys.argv[1] else VERSION, end="", flush=True))
-
+import argparse
+import base64
 import codecs
 import collections
+import contextlib
 import dataclasses
+import difflib
 import enum
+import fnmatch
 import functools
+import hashlib
 import io
 import itertools
 import json
 import logging
 import math
 import os
+import queue
+import random
 import re
+import shutil
 import signal
+import socket
+import sys
+import tempfile
 import threading
 import time
+import weakref
+import zlib
+from email.utils import mktime_tz, parsedate_tz
+from http import HTTPStatus
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Pattern,
+    Sequence,
+    Set,
+    Tuple,
+    TypeVar,
+    Union,
+    cast,
+)
+from urllib.parse import urlsplit
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(), Ctrl-C needs no traceback
-
-TYPE_CHECKING = False  # typing itself is not imported: that takes a tenth of the start-up
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, Generator, Iterable, Iterator, Mapping
+    import requests  # imported late when the program runs: it takes longer than all the rest
 
-    Json = Dict[str, Any]
-    Clock = Callable[[], float]
+__version__ = "2.0.0"
+__all__ = [
+    "PROVIDERS",
+    "AllProvidersFailed",
+    "Answer",
+    "AnswerRefused",
+    "Attempt",
+    "FallbackLLM",
+    "FallbackLLMError",
+    "NoProviderError",
+    "Provider",
+    "ProviderHealth",
+    "ProviderStatus",
+    "RetryConfig",
+    "StreamInterrupted",
+    "Verdict",
+]
 
-__all__ = ["PROVIDERS", "AllProvidersFailed", "Answer", "AnswerRefused", "Attempt", "FallbackLLM"]
-__all__ += ["FallbackLLMError", "NoProviderError", "Provider", "ProviderHealth", "ProviderStatus"]
-__all__ += ["RetryConfig", "StreamInterrupted", "Verdict"]
-
-CONNECT_TIMEOUT = 5.0
-GRACE = 1.0  # how long is waited for what matters little: an error's words, usage, [DONE]
-MAX_BODY = 32 * 1024 * 1024  # bytes; a longer reply is a fault
-MAX_HINT = 32 * 86400.0  # a longer "come back in" is junk
-POOL_WIDTH = 128  # connections kept per host; 1000 take 1 ms to set up, 10 make threads reconnect
+Json = Dict[str, Any]
+Clock = Callable[[], float]
 
 logger = logging.getLogger("fallback_llm")
-logger.addHandler(logging.NullHandler())
 
 
-# --- 1. Vocabulary ------------------------------------------------------------------------------
-NUMBERS = {  # name: type, lowest, highest, what is allowed in words
-    "max_tokens": (int, 1, 1000000, "a whole number >= 1, at most 1000000"),
-    "max_attempts": (int, 1, 1000, "a whole number >= 1, at most 1000"),
-    "workers": (int, 1, 1000, "a whole number >= 1, at most 1000"),
-    "base_delay": (float, 0, 1e9, "a finite number of seconds >= 0"),
-    "max_delay": (float, 0, 1e9, "a finite number of seconds >= 0"),
-    "exponential_base": (float, 1, 1e9, "a finite number >= 1"),
-    "timeout": (float, 1e-6, 1e9, "a finite number of seconds > 0"),
-    "silence": (float, 1e-6, 1e9, "a finite number of seconds > 0"),
-    "temperature": (float, 0, 2, "a number from 0 to 2"),
+# --- 1. Settings --------------------------------------------------------------------------------
+
+
+class NumberRule(NamedTuple):
+    """What a number may be."""
+
+    kind: type
+    lowest: float
+    highest: float
+    allowed: str  # the same in words
+
+
+COUNT_RULE = NumberRule(int, 1, 1000, "a whole number from 1 to 1000")
+DELAY_RULE = NumberRule(float, 0, 1e9, "a finite number of seconds >= 0")
+LIMIT_RULE = NumberRule(float, 1e-6, 1e9, "a finite number of seconds > 0")
+NUMBER_RULES = {
+    "max_tokens": NumberRule(int, 1, 1000000, "a whole number >= 1, at most 1000000"),
+    "max_attempts": COUNT_RULE,
+    "max_workers": COUNT_RULE,
+    "workers": COUNT_RULE,
+    "base_delay": DELAY_RULE,
+    "max_delay": DELAY_RULE,
+    "exponential_base": NumberRule(float, 1, 1e9, "a finite number >= 1"),
+    "timeout": LIMIT_RULE,
+    "idle_timeout": LIMIT_RULE,
+    "temperature": NumberRule(float, 0, 2, "a number from 0 to 2"),
 }
 
 
-def require(holds: object, problem: str) -> None:  # ValueError, with this problem, unless it holds
-    if not holds:
-        raise ValueError(problem)
+def check_number(name: str, value: object) -> None:
+    """Raise ValueError, with the name and what is allowed, unless the number obeys its rule."""
+    rule = NUMBER_RULES[name]
+    is_number = isinstance(value, (int, rule.kind)) and not isinstance(value, bool)
+
+    # NaN is in no range.
+    if not is_number or not rule.lowest <= cast(float, value) <= rule.highest:
+        raise ValueError(f"{name} must be {rule.allowed}, not {value!r:.60}")
 
 
-def checked(name: str, value: Any) -> Any:  # what `NUMBERS` allows for this name; else ValueError
-    kind, lowest, highest, allowed = NUMBERS[name]
-    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    in_range = is_number and lowest <= value <= highest  # nan is in none
-    require(in_range, f"{name} must be {allowed}, not {value!r:.60}")
-    return value
+def number_of(value: float) -> str:
+    """The number as a person would write it: 2 rather than 2.0."""
+    return f"{value:g}"
 
 
 @dataclasses.dataclass
 class RetryConfig:
-    """How often a model is asked, and the seconds in between: after the n-th failure min(max_delay,
-    base_delay * exponential_base ** (n - 1)), at least a server's hint. ValueError: nonsense."""
+    """How often a model is asked, and how many seconds pass in between.
 
-    max_attempts: int = 5  # of one model in one question, the first included
+    After the n-th failure the wait is min(max_delay, base_delay * exponential_base ** (n - 1)),
+    or what the server asks for if that is longer. Raises ValueError for values that make no sense.
+    """
+
+    max_attempts: int = 5  # requests to one model in one question, the first included
     base_delay: float = 2.0
-    max_delay: float = 60.0  # no wait is longer
+    max_delay: float = 60.0  # no single wait is longer
     exponential_base: float = 2.0
-    jitter: bool = True  # 80 to 100 % of that, by chance
-    eager: bool = False  # ask somebody else instead of waiting out a rate limit
+    jitter: bool = True  # wait 80 to 100 % of that, at random
+    wait_on_rate_limit: bool = True  # False: try another model instead of waiting
 
     def __post_init__(self) -> None:
         for name in ("max_attempts", "base_delay", "max_delay", "exponential_base"):
-            checked(name, getattr(self, name))
-        low = f"{self.max_delay!r} with {self.base_delay!r}"
-        require(self.max_delay >= self.base_delay, f"max_delay must be >= base_delay, not {low}")
+            check_number(name, getattr(self, name))
+        if self.max_delay < self.base_delay:
+            delays = number_of(self.max_delay), number_of(self.base_delay)
+            raise ValueError("max_delay ({}) is below base_delay ({})".format(*delays))
+
+    def backoff(self, failures: int) -> float:
+        """Seconds to wait after this many failures, before jitter."""
+        # The growth is cut at 30 failures, long before a float would overflow.
+        growth = self.exponential_base ** (min(failures, 30) - 1)
+        return min(self.max_delay, self.base_delay * growth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """One row of PROVIDERS: an endpoint that speaks the chat completions API.
+
+    Raises ValueError for a row that makes no sense.
+    """
+
+    name: str  # in lower case
+    base_url: str  # with the version's path; http:// only to this machine or without a key
+    key_env: Optional[str]  # the variable that holds the key; None: no key is needed
+    models: Tuple[str, ...]  # in the order in which they are asked
+    idle_timeout: float = 60.0  # seconds without progress that end an attempt
+    key_url: str = ""  # where to get a key
+    key_path: str = "/models"  # a GET of this path shows whether a key is accepted
+    free_only: bool = False  # models found in the provider's list must be free of charge
+    defaults: Dict[str, Json] = dataclasses.field(default_factory=dict, hash=False)
+    # defaults: parameters for models whose id contains the word
+
+    def __post_init__(self) -> None:
+        check_number("idle_timeout", self.idle_timeout)
+        if not isinstance(self.name, str) or not re.fullmatch(r"[a-z0-9_.-]+", self.name):
+            raise ValueError(f"a provider's name must be in lower case, not {self.name!r:.60}")
+        if isinstance(self.models, str):
+            raise ValueError(f"models of {self.name} must be several, such as ({self.models!r},)")
+        object.__setattr__(self, "models", tuple(self.models))
+
+    def variable(self, suffix: str) -> str:
+        """The name of an environment variable of this provider, such as GROQ_MODELS."""
+        return re.sub(r"\W", "_", self.name).upper() + "_" + suffix
+
+    def parameters_for(self, model: str) -> Json:
+        """The default parameters of a request to this model."""
+        parameters: Json = {}
+        for word, defaults in self.defaults.items():
+            if word in model:
+                parameters.update(defaults)
+        return parameters
+
+
+# Models that think before they answer can spend a small max_tokens on thinking alone, so they
+# are asked to think little or not at all. gpt-oss accepts "low" and rejects "none" (2026-10);
+# qwen3.8 accepts "none" on Groq, and OpenRouter switches reasoning off for every model (2026-10).
+THINK_LITTLE: Json = {"reasoning_effort": "low"}
+THINK_NOT: Json = {"reasoning_effort": "none"}
+
+# The ids are those of October 2026. When all models of a row are gone, its own list is asked for.
+PROVIDERS: Tuple[Provider, ...] = (
+    Provider(
+        name="cerebras",
+        base_url="https://api.cerebras.ai/v1",
+        key_env="CEREBRAS_API_KEY",
+        models=("gpt-oss-120b", "qwen-3.8-27b"),
+        idle_timeout=10.0,
+        key_url="https://cloud.cerebras.ai",
+        defaults={"gpt-oss": THINK_LITTLE, "qwen-3.8": THINK_NOT},
+    ),
+    Provider(
+        name="groq",
+        base_url="https://api.groq.com/openai/v1",
+        key_env="GROQ_API_KEY",
+        models=("openai/gpt-oss-120b", "openai/gpt-oss-20b", "qwen/qwen3.8-27b"),
+        idle_timeout=10.0,
+        key_url="https://console.groq.com/keys",
+        defaults={"gpt-oss": THINK_LITTLE, "qwen3.8": THINK_NOT},
+    ),
+    Provider(
+        name="openrouter",
+        base_url="https://openrouter.ai/api/v1",
+        key_env="OPENROUTER_API_KEY",
+        models=(
+            "nvidia/nemotron-3-super-120b-a12b:free",
+            "qwen/qwen3.8-27b:free",
+            "google/gemma-4-31b-it:free",
+            "openrouter/free",  # routes to any free model
+        ),
+        idle_timeout=30.0,
+        key_url="https://openrouter.ai/settings/keys",
+        key_path="/key",  # its models list accepts any key
+        free_only=True,
+        defaults={"qwen3.8": {"reasoning": {"enabled": False}}},
+    ),
+)
+
+MAX_ENV_FILE = 65536  # bytes; python-dotenv needs minutes for a larger file of blanks
+
+
+def stripped(value: Optional[str]) -> str:
+    """The value without the white space and quotes that were pasted along with it."""
+    return (value or "").strip(" \t\r\n\"'")
+
+
+def is_placeholder(value: str) -> bool:
+    """Whether this is an example's text in place of a key, such as your_api_key_here."""
+    text = value.lower()
+    if text in ("todo", "none", "null", "changeme", "change-me", "change_me", "replaceme"):
+        return True
+    if re.match(r"your[_ -]|<.*>$|(change|replace).?me$", text):
+        return True
+    if re.search(r"[_ -]here$|\.\.\.$", text):
+        return True
+
+    # gsk_xxxxxxxx: nothing but x after the prefix
+    last_part = re.split(r"[-_]", text)[-1]
+    return len(last_part) >= 3 and not last_part.strip("x")
+
+
+class Settings:
+    """The keys and model lists that the environment and the .env files hold.
+
+    A name is looked up in the environment, then in .env in the current folder, then in .env beside
+    this file, then in fallback_llm/.env in the user's configuration folder. Empty values count as
+    unset, and a placeholder is used only if nothing else is found. Nothing else is taken from a
+    .env file, and nothing is written to the environment.
+    """
+
+    def __init__(self) -> None:
+        self.problems: List[str] = []  # .env files that could not be used, and why
+        self._sources: List[Mapping[str, Optional[str]]] = [os.environ]
+        for path in env_files():
+            if os.path.isfile(path):
+                self._sources.append(self._read(path))
+
+    def value(self, name: str) -> str:
+        """The value of the first source that has one, "" if none has."""
+        values = [stripped(source.get(name)) for source in self._sources]
+        values = [value for value in values if value]
+        for value in values:
+            if not is_placeholder(value):
+                return value
+        return values[0] if values else ""
+
+    def _read(self, path: str) -> Dict[str, Optional[str]]:
+        """The names and values of a .env file, {} if it cannot be read."""
+        try:
+            from dotenv import dotenv_values
+        except ImportError:
+            self._complain(f"{path} is not read: pip install python-dotenv")
+            return {}
+
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                text = file.read(MAX_ENV_FILE + 1)
+            if len(text) > MAX_ENV_FILE:
+                self._complain(f"{path} is not read: it is larger than {MAX_ENV_FILE} bytes")
+                return {}
+            if "\0" in text:
+                raise ValueError("a NUL character")
+            # A long run of blanks would keep python-dotenv busy for a second or more.
+            text = re.sub(r"[ \t]{100,}", " ", text)
+            text = re.sub(r"\n{100,}", "\n", text)
+            with silent_dotenv() as bad_lines:
+                values = dotenv_values(stream=io.StringIO(text), interpolate=False)
+        except OSError as error:
+            self._complain(f"{path} cannot be read: {error.strerror or error}")
+            return {}
+        except ValueError:
+            self._complain(f"{path} cannot be read: save it as UTF-8")
+            return {}
+
+        if bad_lines:
+            numbers = ", ".join(map(str, bad_lines))
+            self._complain(f"{path}: not NAME=value and skipped: line {numbers}")
+        self._tell_ignored_names(path, values)
+        return dict(values)
+
+    def _complain(self, problem: str) -> None:
+        self.problems.append(problem)
+        logger.warning("⚠️  %s", problem)
+
+    def _tell_ignored_names(self, path: str, names: Iterable[str]) -> None:
+        """Tell, with --verbose, of names that look like ours but have no effect."""
+        prefixes = tuple(row.variable("") for row in PROVIDERS)
+        for name in names:
+            if name.startswith(prefixes) and not name.endswith(("_API_KEY", "_MODELS")):
+                logger.debug("⚠️  %s: %s has no effect in a .env file", path, name)
+
+
+def env_files() -> List[str]:
+    """The .env files that are read, the most important first."""
+    beside_this_file = os.path.dirname(globals().get("__file__", ""))
+    home = os.path.expanduser("~")
+    configuration = os.environ.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
+    folders = ["", beside_this_file, os.path.join(configuration, "fallback_llm")]
+    paths = [os.path.abspath(os.path.join(folder, ".env")) for folder in folders]
+    return list(dict.fromkeys(paths))
+
+
+@contextlib.contextmanager
+def silent_dotenv() -> Iterator[List[int]]:
+    """Collect the numbers of malformed lines, which python-dotenv would log without a path."""
+    bad_lines: List[int] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        bad_lines.extend(int(number) for number in re.findall(r"line (\d+)", record.getMessage()))
+        return False
+
+    dotenv_logger = logging.getLogger("dotenv.main")
+    dotenv_logger.addFilter(note)  # type: ignore[arg-type,unused-ignore]
+    try:
+        yield bad_lines
+    finally:
+        dotenv_logger.removeFilter(note)  # type: ignore[arg-type,unused-ignore]
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the URL leads to this machine."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
+
+
+def base_url(row: Provider) -> str:
+    """The address of a provider: from the environment (GROQ_BASE_URL), or else from its row.
+
+    An address without a path gets the path of the row. Raises ValueError for an address to which a
+    key would travel in clear text, and for what is no address.
+    """
+    name = row.variable("BASE_URL")
+    url = (stripped(os.environ.get(name)) or row.base_url).rstrip("/")
+    address = re.fullmatch(r"(https?)://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[^\s?#@]*)?", url)
+    is_safe = address is not None and (
+        address.group(1) == "https" or is_loopback(url) or row.key_env is None
+    )
+    if address is None or not is_safe:
+        # A password or a key may be part of the address.
+        shown = re.sub(r"//.*@|[?#].*", "//...", url)[:200]
+        allowed = "https://..., or http:// to this machine or for a provider without a key"
+        raise ValueError(f"{name} must be {allowed}, not {shown!r}")
+
+    if address.group(4) is None:
+        url += urlsplit(row.base_url).path.rstrip("/")
+    return url
+
+
+# --- 2. Results and errors ----------------------------------------------------------------------
 
 
 class ProviderStatus(enum.Enum):
+    """What can be expected of a provider."""
+
     HEALTHY = "healthy"
     RATE_LIMITED = "rate_limited"
     FAILED = "failed"
-    UNAVAILABLE = "unavailable"  # no key, or it was refused
+    UNAVAILABLE = "unavailable"  # it has no key, or the key was refused
 
 
 @dataclasses.dataclass
 class ProviderHealth:
-    """What is known of a provider. Times are epoch seconds, 0.0 is never."""
+    """What is known of a provider. Times are seconds since the epoch; 0.0 means never."""
 
     status: ProviderStatus = ProviderStatus.HEALTHY
     last_success: float = 0.0
@@ -177,49 +448,15 @@ class ProviderHealth:
 
 
 class Verdict(enum.Enum):
-    # a word; asked again in this question?; seconds asked last (0: backoff, None: not); what to do
-    RATE_LIMITED = ("rate_limited", True, 0.0, "wait for the limit to end")
-    FAULT = ("fault", True, 0.0, "try again later")
-    UNSUITABLE = ("unsuitable", False, None, "change the question, --max-tokens or the model (-m)")
-    GONE = ("gone", False, 600.0, "choose another model with -m, or set {models}")
-    DENIED = ("denied", False, 600.0, "check {key} and the account: {url}")
-    REFUSED = ("refused", False, None, "change the question")  # the walk stops
+    """What the failure of an attempt means; VERDICT_RULES says what follows from it."""
 
-    def __init__(self, word: str, again: bool, asked_last: float | None, advice: str) -> None:
-        self.word, self.again, self.asked_last, self.advice = word, again, asked_last, advice
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class Failure(Exception):  # why an attempt gave no answer; caught in the walk
-    verdict: Verdict
-    reason: str
-    wide: bool = False  # holds for all models of the provider
-    hint: float | None = None  # seconds after which the server wants to be asked again
-    blameless: bool = False  # the caller's own time limit: says nothing about the provider
-
-
-@dataclasses.dataclass(frozen=True)
-class Provider:
-    """One row of `PROVIDERS`: an endpoint that speaks the chat completions API."""
-
-    name: str  # in lower case
-    base_url: str  # with the version's path; https, or http to this machine
-    key_env: str | None  # the variable that holds the key; None: needs no key (a local server)
-    models: tuple[str, ...]  # in the order they are asked
-    silence: float = 60.0  # seconds without progress that end an attempt
-    key_url: str = ""  # where to get a key
-    key_path: str = "/models"  # GET of this tells whether a key is accepted
-    free_only: bool = False  # models that are discovered must cost nothing
-    defaults: Json = dataclasses.field(default_factory=dict, hash=False)  # by a word of the id
-
-    def __post_init__(self) -> None:
-        checked("silence", self.silence)
-        is_row = re.fullmatch(r"[a-z0-9_.-]+", self.name) and not isinstance(self.models, str)
-        require(is_row, f"a row has a name in lower case and several models: {self!r:.90}")
-        object.__setattr__(self, "models", tuple(self.models))
-
-    def variable(self, what: str) -> str:  # of the environment, such as GROQ_MODELS
-        return re.sub(r"\W", "_", self.name).upper() + "_" + what
+    RATE_LIMITED = "rate_limited"
+    FAULT = "fault"
+    UNSUITABLE = "unsuitable"
+    GONE = "gone"
+    DENIED = "denied"
+    REFUSED = "refused"
+    REJECTED = "rejected"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,59 +465,60 @@ class Attempt:
 
     provider: str
     model: str
-    number: int  # of this model's attempts in this question, from 1
-    status: int | None  # of HTTP; None if no reply came
-    verdict: Verdict | None  # None: this is the answer
-    reason: str
-    waited: float  # seconds slept before it
-    elapsed: float  # seconds it took
+    number: int = 1  # of this model's attempts in this question
+    status: Optional[int] = None  # the HTTP status; None if no reply came
+    verdict: Optional[Verdict] = None  # None: this attempt gave the answer
+    reason: str = ""
+    waited: float = 0.0  # seconds slept before it
+    elapsed: float = 0.0  # seconds it took
+
+    def to_dict(self) -> Json:
+        """The attempt as plain JSON."""
+        fields = dict(vars(self))
+        fields["verdict"] = None if self.verdict is None else self.verdict.value
+        fields["waited"] = round(self.waited, 3)
+        fields["elapsed"] = round(self.elapsed, 3)
+        return fields
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A whole, non-empty answer, and how it came about."""
+    """A whole, non-empty answer, and how it came about. str(answer) is its text."""
 
     text: str
-    provider: str
-    model: str
-    finish_reason: str | None
-    usage: Json
-    attempts: tuple[Attempt, ...]  # the trail; the answer's own attempt is the last
-    elapsed: float
+    provider: str = ""
+    model: str = ""
+    finish_reason: Optional[str] = None
+    usage: Json = dataclasses.field(default_factory=dict)
+    attempts: Tuple[Attempt, ...] = ()  # the trail; the answer's own attempt is the last
+    elapsed: float = 0.0  # seconds of the whole question
+    skipped_events: int = 0  # malformed events that a live stream had to leave out
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_dict(self) -> Json:
+        """The answer as plain JSON, with the trail."""
+        fields = dict(vars(self))
+        fields["attempts"] = [attempt.to_dict() for attempt in self.attempts]
+        fields["elapsed"] = round(self.elapsed, 3)
+        return fields
 
 
-# A candidate in a line, which is in the order of places. patience: how long others wait for it
-Turn = collections.namedtuple(
-    "Turn", "row model label attempts ready_at patience place", defaults=(0, 0.0, 0.0, 0)
-)
-Question = collections.namedtuple("Question", "fields line timeout is_chosen")  # the last: a model
-
-
-@dataclasses.dataclass(eq=False)
-class Mark:  # failures of a provider, or of one of its models, since its last success
-    verdict: Verdict = Verdict.FAULT
-    failures: int = 0
-    failed_at: float = -math.inf
-    ready_at: float = -math.inf  # the server's word: nobody asks before
-    later_until: float = -math.inf  # our own guess: asked last until then
-    probed_until: float = -math.inf  # the lease of somebody who is trying: the others ask it last
-
-
-# --- 2. Errors: mistakes of the caller are ValueError, and nothing was sent ---------------------
-# FallbackLLMError ── NoProviderError, AllProvidersFailed, AnswerRefused, StreamInterrupted
+# FallbackLLMError
+#  ├── NoProviderError      none of the chosen providers has a key; nothing was sent
+#  ├── AllProvidersFailed   nobody is left in the line, or the time is up
+#  ├── AnswerRefused        a provider refuses the question itself
+#  └── StreamInterrupted    a stream broke after its first text
+# Mistakes of the caller are ValueError, and nothing was sent either.
 
 
 class FallbackLLMError(Exception):
-    """Base of this module's errors; the evidence is in its attributes."""
+    """The base of this module's errors."""
 
-    attempts: tuple[Attempt, ...] = ()  # the trail of the question
-    retry_after: float | None = None  # AllProvidersFailed: seconds, if a server said when to come
-    reason = ""  # AnswerRefused: the provider's own
-    partial = provider = model = ""  # StreamInterrupted: the text so far, and whose it is
-
-    def __init__(self, message: str = "", **evidence: Any) -> None:
+    def __init__(self, message: str = "", attempts: Iterable[Attempt] = ()) -> None:
         super().__init__(message)
-        vars(self).update(evidence)  # survives pickling
+        self.attempts = tuple(attempts)  # the trail of the question
 
 
 class NoProviderError(FallbackLLMError):
@@ -288,1113 +526,4264 @@ class NoProviderError(FallbackLLMError):
 
 
 class AllProvidersFailed(FallbackLLMError):
-    """Nobody is left in the line, or the time is up."""
+    """Nobody is left to ask, or the time is up."""
+
+    def __init__(
+        self,
+        message: str = "",
+        attempts: Iterable[Attempt] = (),
+        retry_after: Optional[float] = None,
+    ) -> None:
+        super().__init__(message, attempts)
+        self.retry_after = retry_after  # seconds until the first rate limit ends, if known
 
 
 class AnswerRefused(FallbackLLMError):
-    """A provider refuses the question itself."""
+    """A provider refused the question itself, so no other one was asked."""
+
+    def __init__(
+        self, message: str = "", attempts: Iterable[Attempt] = (), reason: str = ""
+    ) -> None:
+        super().__init__(message, attempts)
+        self.reason = reason  # the provider's own
 
 
 class StreamInterrupted(FallbackLLMError):
-    """A stream broke after its first text."""
+    """A live stream broke after its first text, which cannot be taken back."""
+
+    def __init__(
+        self,
+        message: str = "",
+        attempts: Iterable[Attempt] = (),
+        partial: str = "",
+        provider: str = "",
+        model: str = "",
+    ) -> None:
+        super().__init__(message, attempts)
+        self.partial = partial  # the text so far
+        self.provider = provider
+        self.model = model
 
 
-# --- 3. Providers: ids as of October 2026. When all of a row are gone, its list is asked for ----
-BRIEF = {"gpt-oss": {"reasoning_effort": "low"}}  # or a small max_tokens goes into thinking alone
-PROVIDERS = (
-    Provider("cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY",
-             ("gpt-oss-120b", "qwen-3.8-27b"), silence=10.0, key_url="https://cloud.cerebras.ai",
-             defaults={**BRIEF, "qwen-3.8": {"reasoning_effort": "none"}}),
-    Provider("groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY",
-             ("openai/gpt-oss-120b", "openai/gpt-oss-20b", "qwen/qwen3.8-27b"),
-             silence=10.0, key_url="https://console.groq.com/keys", defaults=BRIEF),
-    Provider("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY",
-             ("nvidia/nemotron-3-super-120b-a12b:free", "qwen/qwen3.8-27b:free",
-              "google/gemma-4-31b-it:free", "openrouter/free"),  # a router over all
-             silence=30.0, key_url="https://openrouter.ai/settings/keys",
-             key_path="/key", free_only=True),  # its models list takes any key
-)  # fmt: skip
+# --- 3. Judging: what a reply means. Pure -------------------------------------------------------
 
 
-# --- 4. Decisions: what a reply means, how long to wait, who is next. Pure ----------------------
-# A ruling is a verdict, and whether it holds for the whole provider.
-LIMITED, FAULT, UNSUITABLE, GONE, DENIED, REFUSED = ((v, v is Verdict.DENIED) for v in Verdict)
-ACCOUNT, DOWN = (Verdict.RATE_LIMITED, True), (Verdict.FAULT, True)
-CODES = {  # must fit whole; rate_limit_exceeded, tokens, requests, … say nothing
-    GONE: r"model_(not_found|archived|decommissioned|deprecated|unavailable_upstream)(_error)?|"
-    r"no_endpoints|free_variant_ended",
-    DENIED: r"(invalid|wrong)_api_key|(payment_required|authentication)(_error)?|region_restricted|"
-    r"insufficient_quota|organization_\w+|permission_denied|unsupported_country\w*|"
-    r"account_(?!\w*limit)\w+|openrouter_(credits|key_limit)",
-    REFUSED: r"content_(policy_violation|filter)|refusal|\w*moderation\w*",
-    ACCOUNT: r"\w*in_flight_budget\w*|openrouter_free_tier\w*",
-    LIMITED: r"(token|request)_quota_exceeded|capacity_exhausted",
-    FAULT: r"queue_exceeded|(json_validate|tool_use)_failed|timeout|(internal_)?server_error|"
-    r"server|(\w+_)?(overloaded|unavailable)",
-    UNSUITABLE: r"(context_length|max_tokens|token_limit)_exceeded|\w+_too_(long|large)|"
-    r"privacy_restricted|constraint_filtered|unprocessable|invalid_(request|prompt)|"
-    r"(unsupported|wrong)_\w+",
+class VerdictRule(NamedTuple):
+    """What follows from a verdict."""
+
+    asked_again: bool  # in this question
+    counts: bool  # against the provider, in later questions
+    asked_last_for: float  # seconds for which later questions ask it last; 0: the backoff
+    advice: str
+
+
+VERDICT_RULES = {
+    Verdict.RATE_LIMITED: VerdictRule(True, True, 0.0, "wait for the limit to end, or add a key"),
+    Verdict.FAULT: VerdictRule(True, True, 0.0, "try again later"),
+    Verdict.UNSUITABLE: VerdictRule(
+        False, False, 0.0, "change the question, --max-tokens or the model (-m)"
+    ),
+    Verdict.GONE: VerdictRule(
+        False, True, 600.0, "choose another model with -m (see --list-models), or set {models}"
+    ),
+    Verdict.DENIED: VerdictRule(False, True, 600.0, "check {key} and the account: {url}"),
+    Verdict.REFUSED: VerdictRule(False, False, 0.0, "change the question"),
+    Verdict.REJECTED: VerdictRule(True, False, 0.0, "ask for the expected form in the question"),
 }
-WORDS = {  # searched in the message: narrow, what is permanent first; then what passes
-    UNSUITABLE: r"request too large|\bdata policy\b|reduce the length of|"
-    r"(maximum|exceeds?) .{0,40}context|context (length|window).{0,80}exceed",
-    ACCOUNT: r"\bfree-models-per-",
-    DOWN: r"check your network settings",
-    DENIED: r"insufficient (quota|credit|balance|fund)|exceeded your current quota|\boverdue\b|"
-    r"(organization|account) (has been |is )?(restricted|suspended|flagged)|"
-    r"\bkey limit exceeded|credit balance is too low",
-    GONE: r"is not a valid model id|no endpoints found for|"
-    r"^(?!.*\b(parameter|tools?|property|field)\b).*\bmodels?\b.{0,120}\b(does not exist|"
-    r"not (be )?found|no longer|retired|archived|decommissioned|deprecated|discontinued)",
-    REFUSED: r"content (\w+ )?polic(y|ies)|safety (system|filter)|request blocked: |flagged by|"
-    r"flagged for|(input|prompt|content|message|text) (was|is|were|has been) flagged",
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Failure(Exception):
+    """Why an attempt gave no answer. It is raised and caught inside this file."""
+
+    verdict: Verdict
+    reason: str
+    reaches_provider: bool = False  # it holds for all models of the provider
+    delays_siblings: bool = False  # the provider's other models are asked after other providers
+    hint: Optional[float] = None  # seconds after which the server wants to be asked again
+    advice: str = ""  # what to do, where the verdict's own advice does not fit
+    summary: str = ""  # the reason in a few words, for the end of a question that failed
+    is_blameless: bool = False  # the caller's own time limit: it says nothing of the provider
+    is_unreachable: bool = False  # no connection was made
+    is_stale: bool = False  # a connection that was kept alive had been closed by the server
+
+    @property
+    def rule(self) -> VerdictRule:
+        return VERDICT_RULES[self.verdict]
+
+
+class Ruling(NamedTuple):
+    """A verdict, and whether it reaches all models of the provider."""
+
+    verdict: Verdict
+    reaches_provider: bool = False
+
+
+LIMITED = Ruling(Verdict.RATE_LIMITED)
+ACCOUNT_LIMITED = Ruling(Verdict.RATE_LIMITED, reaches_provider=True)
+FAULT = Ruling(Verdict.FAULT)
+DOWN = Ruling(Verdict.FAULT, reaches_provider=True)
+UNSUITABLE = Ruling(Verdict.UNSUITABLE)
+GONE = Ruling(Verdict.GONE)
+DENIED = Ruling(Verdict.DENIED, reaches_provider=True)
+REFUSED = Ruling(Verdict.REFUSED)
+
+# Codes that say one thing only, with * for anything; the first line that fits decides.
+# rate_limit_exceeded, invalid_request_error, tokens and requests are on no line: the providers
+# put them on both temporary and permanent failures.
+CODES: Sequence[Tuple[Ruling, str]] = (
+    (REFUSED, "content_policy_violation content_filter refusal *moderation*"),
+    (ACCOUNT_LIMITED, "*in_flight_budget* openrouter_free_tier*"),
+    (LIMITED, "token_quota_exceeded request_quota_exceeded capacity_exhausted"),
+    (FAULT, "queue_exceeded"),  # Cerebras: congestion, not our quota (2026-10)
+    (DENIED, "invalid_api_key wrong_api_key authentication* payment_required*"),
+    (DENIED, "insufficient_quota organization_* spend_limit_reached blocked_api_access"),
+    (DENIED, "openrouter_credits openrouter_key_limit region_restricted unsupported_country*"),
+    (UNSUITABLE, "account_*limit*"),
+    (DENIED, "account_*"),
+    (FAULT, "*_failed"),  # what the model wrote could not be read: json_validate_failed
+    (FAULT, "model_*overloaded model_*timeout model_*error"),
+    (GONE, "model_archived_error model_*"),
+    (GONE, "no_endpoints free_variant_ended"),
+    (UNSUITABLE, "context_length_exceeded max_tokens_exceeded token_limit_exceeded"),
+    (UNSUITABLE, "*_too_long *_too_large privacy_restricted constraint_filtered"),
+    (UNSUITABLE, "unprocessable invalid_request invalid_prompt unsupported_* wrong_*"),
+)
+
+# Codes that only say that something broke. A status that says more is heard before them: a 429
+# with the type server_error is a rate limit all the same.
+BROKEN_CODES = "server server_error internal_server_error timeout overloaded *_overloaded"
+BROKEN_CODES += " unavailable *_unavailable"
+
+# Narrow words of the message, with … for at most 120 other characters; the first line that fits
+# decides. What is permanent stands before what passes.
+PHRASES: Sequence[Tuple[Ruling, Sequence[str]]] = (
+    (
+        UNSUITABLE,
+        [
+            "request too large",
+            "data policy",
+            "guardrail restriction",
+            "reduce the length of",
+            "input is too long",
+            "maximum … context",
+            "exceed … context",
+            "context length … exceed",
+            "context window … exceed",
+        ],
+    ),
+    (ACCOUNT_LIMITED, ["free-models-per-"]),
+    (DOWN, ["check your network settings"]),
+    (
+        DENIED,
+        [
+            "insufficient quota",
+            "insufficient credit",
+            "insufficient balance",
+            "insufficient fund",
+            "exceeded your current quota",
+            "overdue",
+            "key limit exceeded",
+            "credit balance is too low",
+            "blocked api access",
+        ],
+    ),
+    (GONE, ["is not a valid model id", "no endpoints found for"]),
+)
+
+# A model that is not to be had: one of the first words, then one of the second.
+MODEL_NOUNS = ["model ", "models "]
+MODEL_ENDS = ["does not exist", "not found", "not be found", "no longer", "retired", "archived"]
+MODEL_ENDS += ["decommissioned", "deprecated", "discontinued", "unavailable for free"]
+NOT_THE_MODEL = ["parameter", "tool", "property", "field"]
+
+# An account, key, card or address that was blocked: one of the first words, then of the second.
+ACCOUNT_NOUNS = ["account", "organization", "organisation", "api key", "payment method"]
+ACCOUNT_NOUNS += ["payment", "card ", "ip ", "ip-address"]
+ACCOUNT_ENDS = ["restricted", "suspended", "flagged", "deactivated", "banned", "disabled"]
+ACCOUNT_ENDS += ["blocked", "terminated", "violat"]
+
+# A refusal is about what was asked: one of the first words, then one of the second.
+INPUT_NOUNS = ["input", "prompt", "content", "message", "text", "question", "query"]
+INPUT_ENDS = ["flagged", "blocked by", "violates our", "violates the content", "not allowed by our"]
+REFUSAL_PHRASES = ["content polic", "content management polic", "content safety polic"]
+REFUSAL_PHRASES += ["content usage polic", "safety polic", "safety system", "safety filter"]
+REFUSAL_PHRASES += ["content filter", "request blocked: ", "flagged by moderation"]
+REFUSAL_STATUSES = (0, 400, 403, 422)  # 0: inside a reply with the status 200
+
+# A JSON 404 means that the model is gone, unless it names one of these.
+NOT_GONE_404 = ["data policy", "guardrail", "parameter", "allowed providers", "privacy"]
+# A JSON 403 means that this model is not for us, unless it names the key or the credit, or the
+# account and no model (then the whole provider is out), or says that the request breaks rules.
+KEY_WORDS = re.compile(r"\b(api.?keys?|keys?|credits?|billing|payments?|balance|credentials?)\b")
+ACCOUNT_WORDS = re.compile(r"\b(accounts?|organi[sz]ations?|subscription|authenticat\w{0,6})\b")
+BROKEN_RULES = re.compile(r"\bviolat|terms of service|usage polic|prohibited")
+
+STATUSES = {
+    400: UNSUITABLE,
+    401: DENIED,
+    402: DENIED,
+    408: FAULT,
+    409: FAULT,
+    424: FAULT,
+    425: FAULT,
+    429: LIMITED,
+    498: FAULT,  # Groq: its flex tier is at capacity (2026-08)
+    499: FAULT,
 }
-STATUSES = dict.fromkeys((408, 409, 424, 425, 498, 499), FAULT)  # 3, 4: the others; else FAULT
-STATUSES.update({401: DENIED, 402: DENIED, 403: DENIED, 429: LIMITED, 3: DOWN, 4: UNSUITABLE})
-RELAYED = "Provider returned error"  # what a router says of its supplier's error
-OPENED = ("error", "errors", "metadata", "availability", "headers")  # what holds more of an error
-LONG = r"(?is)^(?!.*per.min).*(\bper[ -](hour|day|week|month)|\b(hourly|daily|monthly)\b)"
-PAGE = r"(?is)^\s*<(?:!doctype|html|head).*?(?:<title[^>]{0,200}>\s*(.{0,200}?)\s*</title>.*|$)"
-UNITS = {"ms": 0.001, "milli": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-PART = r"(\d+(?:\.\d+)?)(?: ?(ms|milli|[shd]|m(?!o))[a-z]*|(?![\w:-]|[.,]\d| (?:week|month|year)))"
-AGAIN = r"\b(?:(?:again|retry|resets?) (?:in|after)|wait(?: for)?) (?:about )?"
+TELLING_STATUSES = (401, 402, 403, 404, 413, 429)  # they say more than that something broke
+
+RELAYED = "provider returned error"  # what a router says of its supplier's error (OpenRouter)
+MAX_TEXT = 4000  # characters of a server's message that are looked at
+MAX_PARTS = 100  # objects of an error that are looked at
+MAX_HINT = 32 * 86400.0  # a longer "come back in" is junk
+NESTED_FIELDS = ("error", "errors", "metadata", "availability", "headers")
+CODE_FIELDS = ("limit_source", "code", "error", "error_type", "type")
 
 
-def judge(status: int, headers: Mapping[str, str], body: Any, now: float) -> Failure:
-    """What a reply that is no answer means: by codes, else words, else its status. now: epoch."""
-    from http.client import responses
+class ErrorReport(NamedTuple):
+    """What an error says, wherever it says it."""
 
-    fields, message, codes = evidence(body)
-    told = map(number, fields["status_code"] + fields["code"] + fields["http_status"])
-    code = status if status >= 300 else next((int(n) for n in told if 400 <= n <= 599), 0)
-    is_limit = not code and re.search("(?i)rate.?limit|too.many.requests", f"{message} {codes}")
-    by_status = LIMITED if is_limit else STATUSES.get(code) or STATUSES.get(code // 100, FAULT)
-    found = [r for c in codes for r, known in CODES.items() if re.fullmatch(known, c, re.I)]
-    words = [r for r, known in WORDS.items() if re.search(known, message, re.I)]
-    found += [r for r in words if r != REFUSED or code < 500]  # 5xx: the moderation is down
-    verdict, wide = [*found, by_status][0]
-    if message.startswith(RELAYED) and (verdict, wide) not in (UNSUITABLE, GONE, REFUSED):
-        verdict, wide = Verdict.FAULT if by_status is DENIED else by_status[0], False  # not our key
-    if verdict is Verdict.RATE_LIMITED and headers.get("x-should-retry") == "false":
-        verdict = Verdict.FAULT  # congestion: others are asked before it, not waited for
-    hint = hinted(fields, message, headers, now, verdict) if verdict.again else None
-    kind = {3: "Redirect", 4: "Client"}.get(code // 100, "Server")
-    reason = f"{code} {kind} Error: {responses.get(code, 'Unknown')}"
+    message: str
+    codes: List[str]
+    fields: Dict[str, List[Any]]  # all values by name, the outermost first
+
+
+def judge(status: int, headers: Mapping[str, str], body: object, now: float) -> Failure:
+    """What a reply that is no answer means.
+
+    status: of HTTP, or 200 for an error inside a reply. headers: with names in lower case.
+    body: JSON, or a text. now: seconds since the epoch. Codes decide first, then narrow words of
+    the message, then the status.
+    """
+    report = read_error(body)
+    code = status
     if status < 300:
-        reason = f"error {code} inside the reply" if code else "error"
-    said = message or " ".join(codes)
-    return Failure(verdict, f"{reason}: {said}" if said else reason, wide, hint)
+        code = inner_status(report)
+
+    ruling = ruling_for(code, report, is_json=isinstance(body, (dict, list)))
+    verdict, reaches_provider = ruling
+
+    # A supplier's trouble with its own key or account is not ours.
+    if report.message.lower().startswith(RELAYED):
+        reaches_provider = False
+        if ruling in (DENIED, DOWN, FAULT, LIMITED, ACCOUNT_LIMITED):
+            verdict = Verdict.RATE_LIMITED if code == 429 else Verdict.FAULT
+
+    # Congestion rather than our quota: others are asked before it (Cerebras, 2026-10).
+    if verdict is Verdict.RATE_LIMITED and headers.get("x-should-retry") == "false":
+        verdict = Verdict.FAULT
+
+    failure = Failure(verdict, reason_for(status, code, report), reaches_provider)
+    if failure.rule.asked_again:
+        failure.hint = hint_of(report, headers, now, verdict is Verdict.RATE_LIMITED)
+    failure.advice = advice_for(status, headers, body)
+    return failure
 
 
-def evidence(body: Any) -> tuple[dict[str, list[Any]], str, list[str]]:
-    """The fields (the outermost first), the message and the codes of an error of any shape."""
-    fields, parts = collections.defaultdict(list), [body]  # type: dict[str, list[Any]], list[Any]
-    for part in map(parsed, parts):  # it grows; a router quotes its supplier's error as text
-        part = part[0] if part and isinstance(part, list) else part
-        part = {"message": part} if isinstance(part, str) else part
-        for name, value in part.items() if isinstance(part, dict) else ():
-            opens = name in OPENED and isinstance(value, (dict, list))
-            is_raw = name == "raw" and str(*fields["message"][:1]).startswith(RELAYED)
-            (parts if opens or is_raw else fields[name.lower()]).append(value)
-    said = filter(None, fields["message"] or fields["error"] or fields["detail"])
-    texts = (text if isinstance(text, str) else json.dumps(text) for text in said)
-    message = ": ".join({re.sub(PAGE, r"HTML page: \1", text[:4000]): 0 for text in texts})
-    names = ("limit_source", "code", "error", "error_type", "type")
-    codes = [c for name in names for c in reversed(fields[name]) if isinstance(c, str)]
-    is_moderated = any(fields["reasons"] + fields["flagged_input"] + fields["patterns"])
-    return fields, message, codes + ["moderation"] * is_moderated
+def read_error(body: object) -> ErrorReport:
+    """Gather what an error of any shape says.
+
+    Objects may be nested, and a router quotes its supplier's error as a string of JSON.
+    """
+    fields: Dict[str, List[Any]] = collections.defaultdict(list)
+    parts = collections.deque([body])
+    looked_at = 0
+    while parts and looked_at < MAX_PARTS:
+        looked_at += 1
+        for name, value in fields_of(parts.popleft()).items():
+            is_nested = name in NESTED_FIELDS and isinstance(value, (dict, list))
+            if is_nested or (name == "raw" and is_relayed(fields)):
+                parts.append(value)
+            else:
+                fields[name.lower()].append(value)
+
+    codes = []
+    for name in CODE_FIELDS:
+        for value in reversed(fields[name]):  # the innermost knows best
+            if isinstance(value, str):
+                codes.append(value[:100].lower())
+    if any(fields["reasons"] + fields["flagged_input"] + fields["patterns"]):
+        codes.append("moderation")
+    return ErrorReport(message_of(fields), codes, fields)
 
 
-def hinted(fields: Any, message: str, headers: Any, now: float, verdict: Any) -> float | None:
-    """Seconds after which the server wants to be asked again: the best source that is valid."""
-    is_limit = verdict is Verdict.RATE_LIMITED  # a quota's reset says nothing of other failures
-    there, found = number(headers.get("date"), True), [number(headers.get("retry-after-ms")) / 1000]
-    names = ("retry_after_seconds", "retry_after", "retry-after")
-    values = [value for name in names for value in reversed(fields[name])]
-    for value in [headers.get("retry-after"), *values]:  # a date counts by the server's clock
-        found += [number(value), number(value, True) - (now if math.isnan(there) else there)]
-    for said in re.findall(f"{AGAIN}((?:{PART},? ?(?:and )?)+)", message, re.I):
-        parts = re.findall(PART, said[0], re.I)
-        found.append(sum(float(count) * UNITS[unit.lower()] for count, unit in parts))
-    resets = [*fields["x-ratelimit-reset"], headers.get("x-ratelimit-reset")] * is_limit
-    found += [at / (1000 if at > 1e11 else 1) - now for at in map(number, resets)]
-    found += [3600.0] * bool(is_limit and re.match(LONG, message))
-    return next((seconds for seconds in found if 0 <= seconds <= MAX_HINT), None)
+def fields_of(part: object) -> Json:
+    """The fields of a part of an error, which may be JSON in a text, in a list, or words."""
+    part = parsed(part)
+    if isinstance(part, list):
+        part = part[0] if part else None
+    if isinstance(part, str):
+        return {"message": part}
+    return part if isinstance(part, dict) else {}
 
 
-def number(value: Any, is_date: bool = False) -> float:  # or nan; a date in epoch seconds
-    from email.utils import mktime_tz, parsedate_tz
+def is_relayed(fields: Mapping[str, List[Any]]) -> bool:
+    """Whether the outermost message is a router's, about its supplier."""
+    messages = fields["message"]
+    return bool(messages) and str(messages[0])[:100].lower().startswith(RELAYED)
 
-    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError, AttributeError):
-        if not isinstance(value, bool):
-            return float(mktime_tz(parsedate_tz(value)) if is_date else value)
+
+def message_of(fields: Mapping[str, List[Any]]) -> str:
+    """The message of an error, in one line, each text once."""
+    texts = []
+    for value in fields["message"] or fields["error"] or fields["detail"]:
+        text = value
+        if not isinstance(value, str):
+            try:
+                text = json.dumps(value) if value else ""
+            except (ValueError, RecursionError):
+                text = ""
+        text = shortened(page_summary(text))
+        if text and text not in texts:
+            texts.append(text)
+    return ": ".join(texts)
+
+
+def shortened(text: str) -> str:
+    """The text in one line of at most MAX_TEXT characters, cut between two words.
+
+    A cut inside a word could leave half of a key, which nothing would recognize any more.
+    """
+    line = " ".join(text.split())
+    if len(line) > MAX_TEXT:
+        line = line[:MAX_TEXT].rpartition(" ")[0]
+    return line
+
+
+def page_summary(text: str) -> str:
+    """The title, heading or first words of an HTML or XML page; any other text as it is."""
+    start = text[:MAX_TEXT].lstrip("\ufeff \t\r\n")
+    if not re.match(r"<(!doctype|html|head|body|\?xml|title|center|h1)", start, re.IGNORECASE):
+        return text
+
+    for tag in ("title", "h1"):
+        content = between(start, f"<{tag}", f"</{tag}")
+        words = re.sub(r"<[^<>]{0,200}>", " ", content.partition(">")[2]).strip()
+        if words:
+            return f"HTML page: {words[:200]}"
+
+    without_styles = re.sub(r"(?is)<(style|script).{0,2000}?</\1>", " ", start)
+    words = " ".join(re.sub(r"<[^<>]{0,200}>", " ", without_styles).split())
+    return f"HTML page: {words[:200]}" if words else "an HTML page without words"
+
+
+def between(text: str, start: str, end: str) -> str:
+    """What stands between two marks, in any case; "" if there are none."""
+    lowered = text.lower()
+    begin = lowered.find(start)
+    if begin < 0:
+        return ""
+    finish = lowered.find(end, begin)
+    return text[begin:finish] if finish > 0 else ""
+
+
+def inner_status(report: ErrorReport) -> int:
+    """The status that an error inside a 200 carries, 0 if there is none."""
+    for name in ("status_code", "code", "http_status"):
+        for value in report.fields[name]:
+            number = to_number(value)
+            if 400 <= number <= 599:
+                return int(number)
+    return 0
+
+
+def ruling_for(code: int, report: ErrorReport, is_json: bool) -> Ruling:
+    """The ruling of the codes, or else of the words, or else of the status."""
+    for name in report.codes:
+        for ruling, patterns in CODES:
+            if fits(name, patterns):
+                return ruling
+
+    words = ruling_by_words(code, report.message.lower())
+    if words is not None:
+        return words
+
+    if code not in TELLING_STATUSES and any(fits(name, BROKEN_CODES) for name in report.codes):
+        return FAULT
+    return ruling_by_status(code, report, is_json)
+
+
+def fits(name: str, patterns: str) -> bool:
+    """Whether a code fits one of the patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split())
+
+
+def ruling_by_words(code: int, message: str) -> Optional[Ruling]:
+    """The ruling of the message, which is in lower case; None if its words say nothing."""
+    for ruling, phrases in PHRASES:
+        if any(says(message, phrase) for phrase in phrases):
+            return ruling
+
+    if says_pair(message, ACCOUNT_NOUNS, ACCOUNT_ENDS):
+        return DENIED if code != 429 else None
+    is_about_model = not any(word in message for word in NOT_THE_MODEL)
+    if is_about_model and says_pair(message, MODEL_NOUNS, MODEL_ENDS):
+        return GONE
+    if code in REFUSAL_STATUSES:
+        is_about_input = says_pair(message, INPUT_NOUNS, INPUT_ENDS)
+        if is_about_input or any(says(message, phrase) for phrase in REFUSAL_PHRASES):
+            return REFUSED
+    return None
+
+
+def says(message: str, phrase: str) -> bool:
+    """Whether the words of the phrase stand in the message, near each other where it has …"""
+    return phrase_pattern(phrase).search(message) is not None
+
+
+def says_pair(message: str, nouns: Sequence[str], ends: Sequence[str]) -> bool:
+    """Whether one of the nouns is followed closely by one of the ends."""
+    return pair_pattern(tuple(nouns), tuple(ends)).search(message) is not None
+
+
+@functools.lru_cache(maxsize=None)
+def phrase_pattern(phrase: str) -> Pattern[str]:
+    # The gap is bounded, so that searching a long message takes linear time.
+    return re.compile(".{0,120}?".join(re.escape(part) for part in phrase.split("…")))
+
+
+@functools.lru_cache(maxsize=None)
+def pair_pattern(nouns: Tuple[str, ...], ends: Tuple[str, ...]) -> Pattern[str]:
+    either_noun = "|".join(map(re.escape, nouns))
+    either_end = "|".join(map(re.escape, ends))
+    return re.compile(rf"\b(?:{either_noun}).{{0,80}}?(?:{either_end})")
+
+
+def ruling_by_status(code: int, report: ErrorReport, is_json: bool) -> Ruling:
+    """The ruling of the status, 0 for an error inside a 200 that carries none.
+
+    When in doubt a failure is about this model only: to ask the provider's next model costs a
+    moment, to leave the provider costs all its models.
+    """
+    message = report.message.lower()
+    words = " ".join([message, *report.codes])
+    if code == 0:
+        is_limit = re.search(r"rate.?limit|too.many.requests", words)
+        return LIMITED if is_limit else FAULT
+    if code == 403:
+        is_account = ACCOUNT_WORDS.search(words) and not re.search(r"\bmodels?\b", words)
+        if not is_json or is_account or KEY_WORDS.search(words):
+            return DENIED
+        return UNSUITABLE if BROKEN_RULES.search(words) else GONE
+    if code == 404:
+        if not is_json or any(word in message for word in NOT_GONE_404):
+            return UNSUITABLE
+        return GONE
+    if code in STATUSES:
+        return STATUSES[code]
+    if 300 <= code < 400:
+        return DOWN
+    return UNSUITABLE if 400 <= code < 500 else FAULT
+
+
+def reason_for(status: int, code: int, report: ErrorReport) -> str:
+    """One line: requests' own wording for the status, then what the provider says."""
+    said = report.message or " ".join(report.codes)
+    if status < 300:
+        what = f"error {code} inside the reply" if code else "error inside the reply"
+    else:
+        try:
+            phrase = HTTPStatus(code).phrase
+        except ValueError:
+            phrase = "Unknown"
+        kind = {3: "Redirect", 4: "Client"}.get(code // 100, "Server")
+        what = f"{code} {kind} Error: {phrase}"
+    return f"{what}: {said}" if said else what
+
+
+def advice_for(status: int, headers: Mapping[str, str], body: object) -> str:
+    """What to do about a reply whose form points to a wrong address; "" for all others."""
+    if 300 <= status < 400:
+        host = urlsplit(headers.get("location", "")[:1000]).hostname or "another address"
+        return f"check {{base_url}}: the server redirects to {host}"
+    is_page = isinstance(body, str) and body[:MAX_TEXT].lstrip().startswith("<")
+    if status in (400, 404, 405) and is_page:
+        return "check {base_url}: a web page answered, not an API"
+    if status == 407:
+        return "check the user and password in HTTPS_PROXY"
+    return ""
+
+
+# Durations in a message: "6.35s", "1m26.4s", "41 minutes and 30 seconds", "480ms"
+UNIT_SECONDS = {"ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+DURATION_PART = re.compile(
+    r"""
+    (\d{1,12}(?:\.\d{1,12})?)           # a number
+    (?:
+        \ ?(ms|milli|[shd]|m(?!o))[a-z]{0,12}   # a unit, but no month
+      | (?![\w:-]|[.,]\d|\ (?:week|month|year)) # or none, and no date
+    )
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+WAIT_WORDS = re.compile(
+    r"\b(?:(?:again|retry|resets?) (?:in|after)|wait(?: for)?) (?:about )?", re.IGNORECASE
+)
+LONG_PERIOD = re.compile(r"\bper[ -](hour|day|week|month)|\b(hourly|daily|monthly)\b")
+
+
+def hint_of(
+    report: ErrorReport, headers: Mapping[str, str], now: float, is_limit: bool
+) -> Optional[float]:
+    """Seconds after which the server wants to be asked again: the first source that is valid.
+
+    A quota's reset counts only for a rate limit. A limit "per hour" or longer that comes without
+    a hint counts as an hour.
+    """
+    for seconds in possible_hints(report, headers, now, is_limit):
+        if 0 <= seconds <= MAX_HINT:  # NaN is in no range
+            return seconds
+
+    message = report.message.lower()
+    is_short = "per min" in message or "per-min" in message
+    if is_limit and not is_short and LONG_PERIOD.search(message):
+        return 3600.0
+    return None
+
+
+def possible_hints(
+    report: ErrorReport, headers: Mapping[str, str], now: float, is_limit: bool
+) -> Iterator[float]:
+    """All that may be a hint, from the most exact source to the least; NaN for what is none."""
+    yield to_number(headers.get("retry-after-ms")) / 1000
+
+    server_time = to_epoch(headers.get("date"))
+    if math.isnan(server_time):
+        server_time = now
+    values = [headers.get("retry-after")]
+    for name in ("retry_after_seconds", "retry_after", "retry-after"):
+        values.extend(reversed(report.fields[name]))
+    for value in values:
+        yield to_number(value)
+        yield to_epoch(value) - server_time
+
+    yield duration_in(report.message)
+
+    if is_limit:
+        resets = [*report.fields["x-ratelimit-reset"], headers.get("x-ratelimit-reset")]
+        for value in resets:
+            instant = to_number(value)
+            # OpenRouter sends milliseconds of the epoch (2026-10).
+            yield (instant / 1000 if instant > 1e11 else instant) - now
+
+
+def duration_in(message: str) -> float:
+    """The seconds in words such as "try again in 1m26.4s"; NaN if there are none."""
+    for words in WAIT_WORDS.finditer(message):
+        total = 0.0
+        position = words.end()
+        part = DURATION_PART.match(message, position)
+        if part is None:
+            continue
+        while part is not None:
+            unit = (part.group(2) or "s").lower()
+            total += float(part.group(1)) * UNIT_SECONDS[unit]
+            position = part.end()
+            separator = re.compile(r",? ?(?:and )?").match(message, position)
+            position = separator.end() if separator else position
+            part = DURATION_PART.match(message, position)
+        return total
     return math.nan
 
 
-def dig(value: Any, *path: str | int) -> Any:  # what is at this path of names and zeros, or None
-    for step in path:
-        first = value[0] if step == 0 and value and isinstance(value, list) else None
-        value = value.get(step) if isinstance(value, dict) else first
-    return value
+def to_number(value: object) -> float:
+    """The number that a header or a field holds, NaN if it holds none."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
 
 
-def parsed(body: Any) -> Any:  # text or bytes as JSON, else as text; never an error
+def to_epoch(value: object) -> float:
+    """The seconds since the epoch of an HTTP date, NaN if it is none."""
+    if not isinstance(value, str):
+        return math.nan
+    try:
+        parts = parsedate_tz(value[:100])
+        return math.nan if parts is None else float(mktime_tz(parts))
+    except (ValueError, OverflowError, TypeError, IndexError):
+        return math.nan
+
+
+def parsed(body: object) -> Any:
+    """Text or bytes as JSON, or else as text; anything else as it is. Never an error."""
+    if not isinstance(body, (str, bytes)):
+        return body
     try:
         return json.loads(body)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
         return body.decode("utf-8-sig", "replace") if isinstance(body, bytes) else body
 
 
-def backoff(config: RetryConfig, failures: int) -> float:  # seconds, without jitter
-    growth = config.exponential_base ** (min(failures, 30) - 1)  # later a float would overflow
-    return min(config.max_delay, config.base_delay * growth)
+def dig(value: object, *path: Union[str, int]) -> Any:
+    """What stands at a path of names and indices in JSON, None if nothing does."""
+    for step in path:
+        if isinstance(step, str) and isinstance(value, dict):
+            value = value.get(step)
+        elif isinstance(step, int) and isinstance(value, list) and len(value) > step:
+            value = value[step]
+        else:
+            return None
+    return value
 
 
-def next_turn(waits: list[tuple[Turn, float]], limit: float) -> tuple[Turn | None, float]:
-    """Who is asked next, and the wait before: the first within its patience, else the soonest."""
-    patient = ((turn, wait) for turn, wait in waits if wait <= min(turn.patience, limit))
-    turn, wait = next(patient, min(waits, key=lambda pair: pair[1], default=(None, math.inf)))
-    return (turn, wait) if wait <= limit else (None, 0.0)
+# --- 4. Wire format: requests, event streams, the answer being put together. Pure ---------------
 
 
-def line_after(
-    line: list[Turn], asked: Turn, failure: Failure, config: RetryConfig, now: float, chance: float
-) -> list[Turn]:
-    """The line after a failure: whom it reaches is out, keeps its place or gets the last."""
-    after, end = [], 1 + max(turn.place for turn in line)
-    for turn in line:
-        tries = turn.attempts + 1
-        if turn is not asked and not (failure.wide and turn.row is asked.row):
-            after.append(turn)
-        elif failure.verdict.again and tries < config.max_attempts:
-            waits = [backoff(config, n) for n in range(tries, config.max_attempts)]
-            pause = waits[0] * (0.8 + 0.2 * chance if config.jitter else 1.0)
-            wait, limited = max(pause, failure.hint or 0.0), failure.verdict is Verdict.RATE_LIMITED
-            stays = limited and not config.eager and wait <= sum(waits)  # all that are left
-            place, patience = (turn.place, sum(waits)) if stays else (end, 0.0)
-            after.append(Turn(*turn[:3], tries, now + wait, patience, place))
-    return after
+def is_blank(text: str) -> bool:
+    """Whether nothing of the text can be seen: white space, zero-width characters."""
+    return not any(char.isprintable() and not char.isspace() for char in text)
 
 
-# --- 5. Wire format: requests, answers in one piece, event streams. Pure ------------------------
-def request_body(fields: Json, turn: Turn) -> bytes:  # Cerebras refuses lone surrogates (2026-09)
-    rows = [row for word, row in turn.row.defaults.items() if word in turn.model]
-    body = dict(collections.ChainMap(fields, *rows[::-1], {"model": turn.model}))
+def conversation(
+    question: Optional[str], system: Optional[str], messages: Optional[Sequence[Json]]
+) -> List[Json]:
+    """The messages to be sent. Raises ValueError for what cannot be meant."""
+    for name, text in (("question", question), ("system", system)):
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"the {name} must be text, not {text!r:.60}")
+    if messages is not None:
+        check_messages(messages)
+    said = list(messages or [])
+    if is_blank(question or "") and (question is not None or not said):
+        raise ValueError("the question is empty")
+
+    if system:
+        said.insert(0, {"role": "system", "content": system})
+    if question is not None:
+        said.append({"role": "user", "content": question})
+    return said
+
+
+def check_messages(messages: object) -> None:
+    """Raise ValueError unless this is a conversation."""
+    is_list = isinstance(messages, (list, tuple)) and len(messages) > 0
+    if not is_list or not all(isinstance(dig(m, "role"), str) for m in cast(List[Json], messages)):
+        raise ValueError(f"messages must be a list of dicts with a role, not {messages!r:.60}")
+
+
+def request_body(fields: Json, model: str, defaults: Json) -> bytes:
+    """The body of a request for one model. Raises ValueError for what JSON cannot carry."""
+    body = {"model": model, **defaults, **fields}
     try:
         text = json.dumps(body, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the question cannot be sent as JSON: {error}") from None
+
+    # Cerebras refuses lone surrogates (2026-09): pairs are joined, single ones replaced.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-def conversation(question: Any, system: Any, messages: Any) -> list[Json]:  # what is to be sent
-    for name, text in (("question", question), ("system", system)):
-        require(text is None or isinstance(text, str), f"the {name} must be text, not {text!r:.60}")
-    said = list(messages) if isinstance(messages, (list, tuple)) else []
-    is_right = messages is None or (said and all(isinstance(dig(m, "role"), str) for m in said))
-    require(is_right, f"messages must be a list of dicts with a role, not {messages!r:.60}")
-    require(said if question is None else not is_blank(question), "the question is empty")
-    first, last = {"role": "system", "content": system}, {"role": "user", "content": question}
-    return [first] * bool(system) + said + [last] * (question is not None)
+class Event(NamedTuple):
+    """One server-sent event, or a plain body as a whole."""
+
+    data: str
+    kind: str = ""  # what its "event:" line says
+    is_plain: bool = False  # the body was no event stream
 
 
-def is_blank(text: str) -> bool:  # nothing of it can be seen
-    return not any(char.isprintable() and not char.isspace() for char in text)
+class EventDecoder:
+    """Turns the bytes of a body, cut anywhere, into events."""
 
+    def __init__(self) -> None:
+        utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+        self._is_stream = False
+        self._is_started = False
+        self._rest: List[str] = []  # the text after the last blank line
+        self._plain: List[str] = []  # blocks that hold no event
 
-def events_in(chunks: Iterable[bytes]) -> Iterator[tuple[str | None, str]]:
-    """(kind, data) of each server-sent event, once complete; if there is none, the plain body."""
-    utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    lines, rest, plain, is_stream = io.IncrementalNewlineDecoder(utf8, True), "", [], False
-    for text in map(lines.decode, itertools.chain(chunks, [b"\n\n"])):  # the last may lack its end
-        rest += text if rest else text.lstrip("\ufeff")  # a byte order mark
-        *blocks, rest = rest.split("\n\n") if "\n\n" in rest[-len(text) - 1 :] else [rest]
+    def feed(self, chunk: bytes) -> List[Event]:
+        """The events that are complete now."""
+        text = self._decoder.decode(chunk)
+        if not self._is_started and text:
+            self._is_started = True
+            text = text.lstrip("\ufeff")
+
+        ends_line = bool(self._rest) and self._rest[-1].endswith("\n") and text.startswith("\n")
+        if "\n\n" not in text and not ends_line:
+            if text:
+                self._rest.append(text)
+            return []
+        blocks = "".join([*self._rest, text]).split("\n\n")
+        self._rest = [blocks.pop()]
+        return self._events_of(blocks)
+
+    def end(self) -> List[Event]:
+        """The last events of a body that has ended; the plain body, if there were none."""
+        rest = "".join([*self._rest, self._decoder.decode(b"", final=True)])
+        events = self._events_of(rest.split("\n\n"))
+        if not self._is_stream:
+            events.append(Event("\n".join(self._plain).strip(), is_plain=True))
+        return events
+
+    def _events_of(self, blocks: Iterable[str]) -> List[Event]:
+        events = []
         for block in blocks:
-            fields = [line.partition(":") for line in block.split("\n")]
-            data = "\n".join([value for name, _, value in fields if name == "data"]).strip()
-            if data:
-                is_stream = True
-                yield "".join([value.strip() for name, _, value in fields if name == "event"]), data
-            elif not is_stream:
-                plain.append(re.sub("(?m)^(:|(data|event|id|retry)(:|$)).*", "", block))
-    if not is_stream:
-        yield None, "\n".join(plain).strip()
+            event = self._event_of(block)
+            if event is not None:
+                self._is_stream = True
+                events.append(event)
+            elif not self._is_stream:
+                self._plain.append(without_fields(block))
+        return events
+
+    def _event_of(self, block: str) -> Optional[Event]:
+        """The event in a block of lines, None if it has no data."""
+        if block.startswith("data: ") and "\n" not in block:
+            data = block[len("data: ") :].strip()  # nearly all events look like this
+            return Event(data) if data else None
+
+        data_lines = []
+        kind = ""
+        for line in block.split("\n"):
+            name, _, value = line.partition(":")
+            if name == "data":
+                data_lines.append(value)
+            elif name == "event":
+                kind = value.strip()
+        data = "\n".join(data_lines).strip()
+        return Event(data, kind) if data else None
 
 
-class Reply:  # one exchange as it goes: how long it may, what came, what that means
-    def __init__(self, clock: Clock, silence: float, deadline: float, epoch: float) -> None:
-        self._clock, self._silence, self._deadline, self.epoch = clock, silence, deadline, epoch
-        self._until, self.is_over = clock() + silence, False  # over: all that matters has come
-        self.status, self.headers = 0, {}  # type: int, Mapping[str, str]
-        self.text, self.usage = [], {}  # type: list[str], Json
-        self._ended = self._thought = False  # [DONE] was said, or a plain body is complete
-        self.finish_reason = self._broken = self._refusal = ""
+def without_fields(block: str) -> str:
+    """The lines of a plain body that are neither comments nor fields of an event stream."""
+    lines = []
+    for line in block.split("\n"):
+        name = line.partition(":")[0]
+        if name not in ("", "data", "event", "id", "retry") or line == "":
+            lines.append(line)
+    return "\n".join(lines)
 
-    def left(self) -> float:  # seconds that the next read may take; raises when none are
-        left = min(self._until, self._deadline) - self._clock()
-        if left <= 0 and not self.is_over:
-            raise self.broken(f"silent for {self._silence:g} s", True)
-        return left
 
-    def broken(self, reason: str, wide: bool) -> Failure:  # for this reason, or as time is up
-        if self._clock() >= self._deadline - 0.01:  # a socket may time out a little early
-            return Failure(Verdict.FAULT, "the question's time limit is up", blameless=True)
-        return Failure(Verdict.FAULT, reason, wide)
+class ThinkingFilter:
+    """Removes <think>…</think> from the start of an answer, however the text is cut.
 
-    def heard(self, is_over: bool) -> None:  # begins the silence anew, or the grace at the end
-        if not self.is_over:
-            self.is_over = is_over
-            self._until = self._clock() + (min(self._silence, GRACE) if is_over else self._silence)
+    It also holds back what comes before the first visible character, so that a live stream shows
+    nothing of an answer that turns out to be empty.
+    """
 
-    def read(self, chunks: Iterable[bytes]) -> Iterator[str]:  # the text of each event, if any
-        held = ""  # the beginning, which may be <think>…</think>, cut anywhere
-        for kind, data in events_in(chunks):
-            said = parsed(data)
-            if not 200 <= self.status < 300:
-                raise judge(self.status, self.headers, said, self.epoch)
-            self._ended = self._ended or said == "[DONE]"
-            text = "" if self._ended or kind == "ping" or not data else self._take(kind, data, said)
-            if text and not self.text:
-                held += text
-                may_think = "<think>".startswith(held.lstrip()[:7])
-                text = held.partition("</think>")[2].lstrip() if may_think else held
-            self.text += [text] if text else []
-            yield text
-            self.heard(bool(self.finish_reason or self._ended))  # not the caller's time
-        self._thought |= "<think>" in held
-        if held.strip() and not self.text and "<think>" not in held:
-            self.text.append(held)
-            yield held
+    def __init__(self) -> None:
+        self.is_thinking = False
+        self.has_thought = False
+        self._is_through = False  # the answer has begun
+        self._blanks: List[str] = []
+        self._held = ""
 
-    def _take(self, kind: str | None, data: str, said: Any) -> str:  # its text; notes the rest
-        if not data.isascii() and re.search(r"[\udc80-\udcff]", data):
+    def feed(self, text: str) -> str:
+        """What can be shown now of the text."""
+        if self._is_through or not text:
+            return text
+        if self.is_thinking:
+            return self._feed_thought(text)
+        if not self._held and is_blank(text):
+            self._blanks.append(text)
+            return ""
+
+        self._held += text
+        start = self._held.lstrip()
+        if not self.has_thought and start.startswith("<think>"):
+            self._held = ""
+            self._blanks.clear()
+            self.is_thinking = True
+            self.has_thought = True
+            return self._feed_thought(start[len("<think>") :])
+        if not self.has_thought and "<think>".startswith(start):
+            return ""
+        return self._begin_answer()
+
+    def end(self) -> str:
+        """What is still held back when the answer has ended."""
+        if self._is_through or self.is_thinking or not self._held:
+            return ""
+        return self._begin_answer()
+
+    def _feed_thought(self, text: str) -> str:
+        self._held += text
+        _, tag, after = self._held.partition("</think>")
+        if not tag:
+            self._held = self._held[1 - len("</think>") :]  # the tag may be cut
+            return ""
+        self.is_thinking = False
+        self._held = ""
+        return self.feed(after)
+
+    def _begin_answer(self) -> str:
+        self._is_through = True
+        text = "".join([*self._blanks, self._held])
+        return text.lstrip() if self.has_thought else text
+
+
+class ErrorInside(Exception):
+    """A reply with the status 200 carries an error."""
+
+    def __init__(self, body: Json) -> None:
+        super().__init__()
+        self.body = body
+
+
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of other bytes
+MODERATION_WORDS = ("content-safety", "guard", "moderation", "shield")
+
+
+def is_moderation_model(name: str) -> bool:
+    """Whether a model judges texts rather than answering them."""
+    return any(word in name.lower() for word in MODERATION_WORDS)
+
+
+class Draft:
+    """An answer being put together from the events of one reply.
+
+    `take` gives the text of an event as it comes. After the last one, `failure` says why the whole
+    is no answer. A draft that is live is shown while it grows, and cannot be taken back.
+    """
+
+    def __init__(self, model: str, is_live: bool) -> None:
+        self.is_live = is_live
+        self.texts: List[str] = []
+        self.usage: Json = {}
+        self.finish_reason = ""
+        self.skipped_events = 0
+        self.is_done = False  # the end was said, or a plain body is complete
+        self.is_progress = False  # the latest event held text, reasoning or a finish_reason
+        self.is_settled = False  # nothing but usage and [DONE] is expected any more
+        self.status: Optional[int] = None  # of HTTP, and its headers, once they are there
+        self.headers: Mapping[str, str] = {}
+        self.tokens = 0  # that the request may cost
+        self._model = model
+        self._thinking = ThinkingFilter()
+        self._has_reasoning = False
+        self._refusals: List[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    def take(self, event: Event) -> str:
+        """The text of an event that can be shown now.
+
+        Raises Failure when no answer can come of it any more, and ErrorInside.
+        """
+        self.is_progress = False
+        if self.is_done or event.kind == "ping":
+            return ""
+        if event.data == "[DONE]":
+            self.is_done = True
+            return ""
+        if not event.data.isascii() and NOT_UTF8.search(event.data):
             raise Failure(Verdict.FAULT, "the answer is not UTF-8")
-        self._ended, choice = kind is None, dig(said, "choices", 0)
-        top, choice = [part if isinstance(part, dict) else {} for part in (said, choice)]
-        parts = top.get("x_groq"), choice.get("delta") or choice.get("message")
-        groq, message = [part if isinstance(part, dict) else {} for part in parts]
-        error = top.get("error") or choice.get("error") or groq.get("error")
-        reason, usage = choice.get("finish_reason"), top.get("usage") or groq.get("usage")
-        flat = "" if choice else evidence(said)[1]
-        if reason == "error":
-            error = error or choice.get("native_finish_reason") or "finish_reason error"
-        if error or kind == "error" or (flat and not isinstance(said, str)):
-            body = {"error": error or said, "status_code": top.get("status_code")}
-            raise judge(self.status, self.headers, body, self.epoch)
-        if not isinstance(said, dict) and not self.finish_reason:
-            self._broken = self._broken or f"no answer in the reply: {flat}"
-        self.finish_reason = reason if reason and isinstance(reason, str) else self.finish_reason
-        self.usage = (usage and figures(usage)) or self.usage
-        self._thought |= bool(message.get("reasoning") or message.get("reasoning_content"))
-        self._refusal += str(message.get("refusal") or "")
-        content = message.get("content")
-        texts = [dig(part, "text") for part in content] if isinstance(content, list) else [content]
-        return "".join([text for text in texts if isinstance(text, str)])
 
-    def failure(self, live: bool) -> Failure | None:  # live, what was broken is skipped
-        text, end, fault = "".join(self.text), self.finish_reason, Verdict.FAULT
-        if end == "content_filter" or (self._refusal and not text):
+        said = parsed(event.data)
+        if event.is_plain:
+            self.is_done = bool(event.data)
+        if event.kind == "error":
+            raise ErrorInside(said if isinstance(said, dict) else {"error": said})
+        if not isinstance(said, dict):
+            self._take_malformed(event, said)
+            return ""
+        return self._take_object(said)
+
+    def end(self) -> str:
+        """The text that was held back until now, if the answer ends here."""
+        text = self._thinking.end()
+        if text:
+            self.texts.append(text)
+        return text
+
+    def failure(self) -> Optional[Failure]:
+        """Why this is no whole answer; None: it is one."""
+        text = self.text
+        if self.finish_reason == "content_filter":
             return Failure(Verdict.REFUSED, self._refusal or "a content filter stopped the answer")
-        if self._broken and not (live and text):
-            return Failure(fault, self._broken)
-        why = "only reasoning came, no answer" if self._thought else "the answer is empty"
-        if not self._ended and not end:
-            why = "the answer was cut: it has no end" if text else "the reply holds no answer"
-        elif not is_blank(text):
+        if self._refusals and is_blank(text):
+            return Failure(Verdict.REFUSED, self._refusal)
+        if not self.is_done and not self.finish_reason:
+            what = "the answer was cut: it has no end" if text else "the reply holds no answer"
+            return Failure(Verdict.FAULT, what)
+        if not is_blank(text):
             return None
-        elif end == "length":
-            why = "max_tokens was used up before the answer began: raise max_tokens"
-        return Failure(Verdict.UNSUITABLE if end == "length" else fault, why)
 
+        if self.finish_reason == "length":
+            reason = "max_tokens was used up before the answer began: raise max_tokens"
+            return Failure(Verdict.UNSUITABLE, reason, advice="raise --max-tokens")
+        if self._has_reasoning or self._thinking.has_thought:
+            return Failure(Verdict.FAULT, "only reasoning came, no answer")
+        return Failure(Verdict.FAULT, "the answer is empty")
 
-def figures(usage: Any, kinds: Any = (int, float, dict)) -> Json:  # the numbers in a usage report
-    items = usage.items() if isinstance(usage, dict) else ()
-    known = {k: v for k, v in items if re.fullmatch("[a-z_]{1,64}", k) and isinstance(v, kinds)}
-    found = {k: figures(v, (int, float)) if isinstance(v, dict) else v for k, v in known.items()}
-    return {k: v for k, v in found.items() if isinstance(v, dict) or abs(v) < 1e300}
+    @property
+    def _refusal(self) -> str:
+        return shortened("".join(self._refusals))
 
-
-def clean(value: str | None) -> str:  # without what was pasted along with it
-    return (value or "").strip(" \t\r\n\"'")
-
-
-def one_line(text: str, keys: Iterable[str | None] = ()) -> str:  # safe to show: no keys, ids …
-    known = r"(?i)\b(csk-|gsk_|sk-)[\w-]{8,}|(?<=bearer )[\w.~+/=-]{8,}|(?<=://)[^/@\s]+(?=@)"
-    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    for key in sorted(map(clean, keys), key=len, reverse=True):
-        line = re.sub(re.escape(key), "[key]", line, flags=re.I) if len(key) >= 4 else line
-    line = re.sub(r"\b(org|user)_\w+", r"\1_[id]", re.sub(known, "[key]", line))
-    return line if len(line) <= 300 else line[:299] + "…"
-
-
-# --- 6. FallbackLLM: settings, the walk, what providers serve, HTTP, health, questions ----------
-DUMMY = r"(?i)your[_ -].*|.*[_ -]here|<.*>|(change|replace).?me|x{3,}|.*\.{3}|todo|none|null"
-is_dummy = re.compile(DUMMY).fullmatch  # a placeholder for a key
-CHAT = r"(?!.*(whisper|tts|speech|audio|guard|embed|rerank|moderation|image|ocr))[\w./:@~+-]{1,200}"
-
-
-def settings_of(providers: Iterable[Provider]) -> dict[str, str]:  # keys and models; "" if unset
-    beside = os.path.join(os.path.dirname(globals().get("__file__", "")), ".env")
-    sources: list[Mapping[str, str | None]] = [os.environ]
-    for path in dict.fromkeys(map(os.path.abspath, (".env", beside))):
-        try:
-            if os.path.isfile(path):
-                from dotenv import dotenv_values
-
-                sources.append(dotenv_values(path, encoding="utf-8-sig", interpolate=False))
-                require("\0" not in "".join(filter(None, sources[-1].values())), "no text")
-        except ImportError:
-            logger.warning("⚠️  %s is not read: pip install python-dotenv", path)
-        except (OSError, ValueError):
-            logger.warning("⚠️  %s cannot be read: save it as UTF-8", path)
-    names = [name for row in providers for name in (row.key_env or "", row.variable("MODELS"))]
-    found = {name: filter(None, [clean(source.get(name)) for source in sources]) for name in names}
-    return {name: min(found[name], key=lambda v: bool(is_dummy(v)), default="") for name in found}
-
-
-def base_url(row: Provider) -> str:  # by the environment or the row; a key is safe with it
-    name = row.variable("BASE_URL")
-    url = (clean(os.environ.get(name)) or row.base_url).rstrip("/")
-    host = r"(?i)(https://[\w.-]+|https?://(localhost|127(\.\d+){3}|\[::1\]))(:\d{1,5})?"
-    shown = one_line(re.sub(r"//.*@|[?#].*", "//...", url))  # a key may be in it
-    allowed = f"{name} must be https://..., or http:// to this machine, not {shown!r}"
-    require(re.fullmatch(host + r"(/[^\s?#@]*)?", url), allowed)
-    path = row.base_url.partition("://")[2].partition("/")[2]
-    return f"{url}/{path}".rstrip("/") if re.fullmatch(host, url) else url
-
-
-def chunks_of(raw: Any, reply: Reply, unpack: Any) -> Iterator[bytes]:
-    """What each read of the socket gives; urllib3's wait for full blocks and keep their timeout."""
-    source, size, chunk = getattr(raw, "_fp", raw), 0, b" "
-    read = getattr(source, "read1", None) or source.read
-    sock = getattr(getattr(getattr(source, "fp", None), "raw", None), "_sock", None)
-    while chunk and getattr(source, "fp", source) is not None:  # None: read to the end
-        left = reply.left()
-        if left <= 0:
+    def _take_malformed(self, event: Event, said: object) -> None:
+        """An event that is no JSON object may have held a word of the answer."""
+        if self.finish_reason:
             return
-        if sock is not None:
-            sock.settimeout(left)
-        chunk = read(65536)
-        data = unpack.decompress(chunk, MAX_BODY) if unpack else chunk
-        size += len(data)
-        if size >= MAX_BODY:
-            raise Failure(Verdict.FAULT, f"the reply is longer than {MAX_BODY} bytes")
-        yield data
-    is_half = unpack and not unpack.eof and not reply.is_over
-    if (is_half or getattr(source, "length", None)) and reply.status < 300:
-        raise Failure(Verdict.FAULT, "the answer was cut: half of its bytes")
-    source.close()
-    getattr(raw, "release_conn", source.close)()
+        if self.is_live and self.texts and not event.is_plain:
+            self.skipped_events += 1
+            return
+        if event.is_plain and not event.data:
+            return
+        words = read_error(said).message
+        raise Failure(Verdict.FAULT, f"no answer in the reply: {words}")
+
+    def _take_object(self, said: Json) -> str:
+        """The text of an event's JSON object; notes what else it says."""
+        choice = as_object(dig(said, "choices", 0))
+        message = as_object(choice.get("delta") or choice.get("message"))
+        groq = as_object(said.get("x_groq"))
+        finish_reason = choice.get("finish_reason")
+        self._raise_error_inside(said, choice, groq, finish_reason)
+        self._check_model(said.get("model"))
+
+        usage = said.get("usage") or groq.get("usage")
+        if usage:
+            self.usage = usage_figures(usage) or self.usage
+        for name in ("reasoning", "reasoning_content"):
+            thought = message.get(name)
+            if isinstance(thought, str) and not is_blank(thought):
+                self._has_reasoning = True
+                self.is_progress = True
+        if isinstance(message.get("refusal"), str):
+            self._refusals.append(message["refusal"])
+
+        text = text_of(message.get("content"))
+        if text and not is_blank(text):
+            self.is_progress = True
+            # Some gateways say "stop" in every chunk: after such a one more text may come.
+            self.is_settled = False
+        if isinstance(finish_reason, str) and finish_reason:
+            self._finish(finish_reason, has_text=bool(text))
+
+        shown = self._thinking.feed(text)
+        if shown:
+            self.texts.append(shown)
+        return shown
+
+    def _finish(self, finish_reason: str, has_text: bool) -> None:
+        if not self.finish_reason:
+            self.is_progress = True
+            self.is_settled = not has_text
+        self.finish_reason = finish_reason
+
+    def _raise_error_inside(
+        self, said: Json, choice: Json, groq: Json, finish_reason: object
+    ) -> None:
+        error = said.get("error") or choice.get("error") or groq.get("error")
+        if finish_reason == "error" and not error:
+            error = choice.get("native_finish_reason") or "finish_reason error"
+        if not error and not choice and read_error(said).message:
+            error = said  # Cerebras puts an error's fields at the top level (2026-10)
+        if error:
+            raise ErrorInside({"error": error, "status_code": said.get("status_code")})
+
+    def _check_model(self, model: object) -> None:
+        """A router may let a moderation model answer (openrouter/free, 2026-10)."""
+        if not isinstance(model, str) or is_moderation_model(self._model):
+            return
+        if is_moderation_model(model[:200]):
+            raise Failure(Verdict.FAULT, f"a moderation model answered: {model[:100]}")
+
+
+def as_object(value: object) -> Json:
+    """The value if it is a JSON object, else {}."""
+    return value if isinstance(value, dict) else {}
+
+
+def text_of(content: object) -> str:
+    """The text of a message's content, which may be a list of parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return ""
+    texts = [dig(part, "text") for part in content]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def usage_figures(usage: object) -> Json:
+    """The numbers in a report of usage, with one level of details."""
+    figures: Json = {}
+    for name, value in as_object(usage).items():
+        if not re.fullmatch("[a-z_]{1,64}", name):
+            continue
+        if isinstance(value, dict):
+            details = {}
+            for detail, number in value.items():
+                if re.fullmatch("[a-z_]{1,64}", detail) and is_finite_number(number):
+                    details[detail] = number
+            figures[name] = details
+        elif is_finite_number(value):
+            figures[name] = value
+    return figures
+
+
+def is_finite_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e300
+
+
+# --- 5. Transport: one HTTP exchange within its time limits -------------------------------------
+
+CONNECT_TIMEOUT = 5.0  # for all addresses of a host together
+CHECK_TIMEOUT = 10.0  # for a models list and the like
+USAGE_GRACE = 1.0  # after a finish_reason, for usage and [DONE]; for the words of an HTTP error
+END_GRACE = 0.2  # after [DONE], for the end of the body: then the connection can be kept
+SLOWEST_UPLOAD = 100000  # bytes a second; a question is given the time to arrive at this speed
+MAX_BODY = 32 * 1024 * 1024  # bytes; a longer reply is a fault
+POOL_WIDTH = 128  # connections kept per host; with urllib3's 10, threads would reconnect
+MAX_ERROR_BODY = 256 * 1024  # bytes of an HTTP error that are read
+READ_SIZE = 65536
+
+
+class TimeLimit:
+    """How long one exchange may take.
+
+    It ends at its deadline, and before that when there has been no progress for the idle timeout.
+    """
+
+    def __init__(self, clock: Clock, deadline: float, idle_timeout: float) -> None:
+        self.is_settled = False  # all that matters has come: running out of time is no failure
+        self.has_connected = False  # a connection was opened for this exchange
+        self.is_reused = False  # an earlier exchange had opened it
+        self._clock = clock
+        self._deadline = deadline
+        self._idle_timeout = idle_timeout
+        self._idle_until = clock() + idle_timeout
+
+    def left(self) -> float:
+        """The seconds that the next operation may take, 0 when there are none."""
+        return max(0.0, min(self._deadline, self._idle_until) - self._clock())
+
+    def progress(self) -> None:
+        """Something came that brings the answer nearer: the idle timeout begins anew."""
+        self._idle_until = self._clock() + self._idle_timeout
+
+    def allow_upload(self, size: int) -> None:
+        """Wait longer for the first sign of life after a large upload."""
+        self._idle_until += size / SLOWEST_UPLOAD
+
+    def settle(self, grace: float) -> None:
+        """All that matters has come: give the rest of the body this time."""
+        self.is_settled = True
+        self._idle_until = self._clock() + min(grace, self._idle_timeout)
+
+    def extend(self, deadline: float) -> None:
+        """Move the deadline: what is being shown cannot be taken back."""
+        self._deadline = deadline
+
+    def failure(self, reason: str, **details: Any) -> Failure:
+        """The failure of an exchange that broke off, for this reason or because time is up."""
+        now = self._clock()
+        if now >= self._deadline - 0.01:  # a socket may time out a little early
+            return Failure(
+                Verdict.FAULT,
+                "no answer within the time limit",
+                is_blameless=True,
+                advice="raise the time limit (--timeout)",
+            )
+        if now >= self._idle_until - 0.01:
+            reason = f"silent for {number_of(self._idle_timeout)} s"
+            return Failure(Verdict.FAULT, reason, delays_siblings=True)
+        return Failure(Verdict.FAULT, reason, **details)
+
+
+class Redactor:
+    """Makes texts safe to show: one line, without keys, passwords and account ids."""
+
+    def __init__(self) -> None:
+        self._secrets: Set[str] = set()
+        self._patterns: List[Pattern[str]] = []
+
+    def add(self, secret: Optional[str]) -> None:
+        """Hide this secret from now on."""
+        text = stripped(secret)
+        if len(text) >= 4 and text not in self._secrets:
+            self._secrets.add(text)
+            # The longest come first, or a short one would leave half of a long one.
+            longest_first = sorted(self._secrets, key=len, reverse=True)
+            self._patterns = [secret_pattern(known) for known in longest_first]
+
+    def line(self, text: str) -> str:
+        """The text in one line of at most 300 characters, with secrets masked."""
+        if len(text) > MAX_TEXT:
+            text = text[:MAX_TEXT].rpartition(" ")[0]
+        text = "".join(char if char.isprintable() else " " for char in text)
+        line = " ".join(text.split())
+        for pattern in self._patterns:
+            line = pattern.sub("[key]", line)
+
+        line = re.sub(r"(?i)\b(csk-|gsk_|sk-)[\w-]{8,}", "[key]", line)
+        line = re.sub(r"(?i)(?<=bearer )[\w.~+/=-]{8,}", "[key]", line)
+        line = re.sub(r"(?<=://)\S{1,300}@", "[key]@", line)
+        line = re.sub(r"\b(org|user)_\w+", r"\1_[id]", line)
+        return line if len(line) <= 300 else line[:299] + "…"
+
+
+def secret_pattern(secret: str) -> Pattern[str]:
+    """Finds a secret in any case, broken by blanks or invisible characters, or in base64."""
+    gap = "[\\s\u00ad\u200b-\u200f\u2060\ufeff]{0,4}"
+    spellings = [gap.join(re.escape(char) for char in secret)]
+
+    # The base64 of a secret inside a text depends on its offset: three spellings are possible.
+    # The first and the last characters depend on the neighbours and are left out.
+    data = secret.encode("utf-8", "replace")
+    if len(data) >= 12:
+        for offset in range(3):
+            encoded = base64.b64encode(b"-" * offset + data).decode()
+            middle = encoded[4 if offset else 0 : len(encoded) - 4]
+            urlsafe = middle.replace("+", "-").replace("/", "_")
+            for spelling in (middle, urlsafe):
+                spellings.append(rf"[\w+/-]{{0,4}}{re.escape(spelling)}[\w+/=-]{{0,4}}")
+    return re.compile("|".join(spellings), re.IGNORECASE)
+
+
+class BoundedStream(io.RawIOBase):
+    """The bytes of a socket, each recv within the time limit."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase, limit: TimeLimit) -> None:
+        self._sock = sock
+        self._raw = raw
+        self._limit = limit
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Optional[int]:
+        left = self._limit.left()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        self._sock.settimeout(left)
+        return cast(Any, self._raw).readinto(buffer)  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class BoundedResponse:
+    """Goes before http.client.HTTPResponse: all that it reads is bounded."""
+
+    limits: threading.local
+
+    def __init__(self, sock: socket.socket, *args: Any, **more: Any) -> None:
+        super().__init__(sock, *args, **more)  # type: ignore[call-arg]
+        raw = cast(Any, self).fp.detach()
+        self.fp = io.BufferedReader(BoundedStream(sock, raw, self.limits.current), READ_SIZE)
+
+    def begin(self) -> None:
+        super().begin()  # type: ignore[misc]
+        # urllib3 would log a header line without a colon, and a key may be in it.
+        headers = cast(Any, self).msg
+        headers.defects.clear()
+        headers.set_payload([])
+
+
+class BoundedConnection:
+    """Goes before urllib3's connections: connecting and sending are bounded."""
+
+    limits: threading.local
+
+    def connect(self) -> None:
+        self.limits.current.has_connected = True
+        super().connect()  # type: ignore[misc]
+
+    def _new_conn(self) -> socket.socket:
+        """Connect to the first address that answers.
+
+        urllib3 gives each address the whole timeout, so four dead ones take four times as long.
+        Here they share it.
+        """
+        from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+
+        connection = cast(Any, self)
+        host = connection.host.strip("[]")
+        until = time.monotonic() + min(CONNECT_TIMEOUT, self.limits.current.left())
+        problem: Optional[Exception] = None
+        try:
+            addresses = socket.getaddrinfo(host, connection.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            addresses = []
+            problem = error
+
+        for number, (family, kind, protocol, _, address) in enumerate(addresses):
+            share = (until - time.monotonic()) / (len(addresses) - number)
+            sock = socket.socket(family, kind, protocol)
+            try:
+                for option in connection.socket_options or ():
+                    sock.setsockopt(*option)
+                sock.settimeout(max(0.001, share))
+                sock.connect(address)
+                return sock
+            except OSError as error:
+                sock.close()
+                problem = error
+
+        if isinstance(problem, socket.timeout):
+            raise ConnectTimeoutError(connection, "the connection timed out") from problem
+        raise NewConnectionError(connection, f"cannot connect: {problem}") from problem
+
+    def send(self, data: Any) -> None:
+        """Send in pieces: each that is taken counts as progress of a slow upload."""
+        limit = self.limits.current
+        data = memoryview(data)
+        for start in range(0, len(data), READ_SIZE):
+            sock = cast(Any, self).sock
+            if sock is not None:
+                limit.is_reused = not limit.has_connected
+                sock.settimeout(max(0.001, limit.left()))
+            super().send(data[start : start + READ_SIZE])  # type: ignore[misc]
+            limit.progress()
+
+
+def bounded_session(current_limits: threading.local) -> requests.Session:
+    """A session whose every socket operation obeys `current`, this thread's TimeLimit.
+
+    The timeouts of requests hold for one recv at a time, so a dripped header, a dripped chunk
+    size or endless trailers would outlive any limit. Here the one place through which all bytes
+    come asks the limit before each recv. The classes override attributes that http.client and
+    urllib3 document, and `_new_conn`, which urllib3 1.21 to 2 have in common.
+    """
+    import requests  # noqa: I001 - the first, so that its name is told when it is missing
+    from http.client import HTTPResponse
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+    class Response(BoundedResponse, HTTPResponse):
+        limits = current_limits
+
+    class Connection(BoundedConnection, HTTPConnection):  # type: ignore[misc,unused-ignore]
+        limits = current_limits
+        response_class = Response
+
+    class SecureConnection(BoundedConnection, HTTPSConnection):  # type: ignore[misc,unused-ignore]
+        limits = current_limits
+        response_class = Response
+
+    class Pool(HTTPConnectionPool):
+        ConnectionCls = Connection
+
+    class SecurePool(HTTPSConnectionPool):
+        ConnectionCls = SecureConnection
+
+    pools = {"http": Pool, "https": SecurePool}
+
+    class Adapter(requests.adapters.HTTPAdapter):
+        def init_poolmanager(self, *args: Any, **more: Any) -> None:
+            super().init_poolmanager(*args, **more)
+            self.poolmanager.pool_classes_by_scheme = pools
+
+        def proxy_manager_for(self, proxy: Any, **more: Any) -> Any:
+            manager = super().proxy_manager_for(proxy, **more)
+            if not str(proxy).lower().startswith("socks"):
+                manager.pool_classes_by_scheme = pools
+            return manager
+
+        def forget_connections(self) -> None:
+            """Drop the connections that are kept alive, not those in use."""
+            self.poolmanager.clear()
+            for manager in self.proxy_manager.values():
+                manager.clear()
+
+    session = requests.Session()
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, Adapter(pool_connections=POOL_WIDTH, pool_maxsize=POOL_WIDTH))
+    return session
+
+
+class Reply:
+    """The reply to one request, read as it comes."""
+
+    def __init__(self, response: requests.Response, limit: TimeLimit) -> None:
+        self.limit = limit
+        self.status = response.status_code
+        self.headers = {name.lower(): value for name, value in response.headers.items()}
+        self.is_success = 200 <= self.status < 300
+        self._raw: Any = response.raw
+        self._is_complete = False  # read to the end: the connection can be used again
+
+    def chunks(self) -> Iterator[bytes]:
+        """The body, decompressed, in pieces as they come. Raises Failure."""
+        from http.client import HTTPException
+
+        from urllib3.exceptions import HTTPError
+
+        encoding = self.headers.get("content-encoding", "").lower()
+        unpack = None
+        if "gzip" in encoding or "deflate" in encoding:
+            unpack = zlib.decompressobj(47)  # 47: either of them
+
+        size = 0
+        try:
+            for chunk in self._packed_chunks():
+                if unpack is not None:
+                    chunk = unpack.decompress(chunk, MAX_BODY)
+                size += len(chunk)
+                if size >= MAX_ERROR_BODY and not self.is_success:
+                    return
+                if size >= MAX_BODY:
+                    raise Failure(Verdict.FAULT, f"the reply is longer than {MAX_BODY} bytes")
+                yield chunk
+            if unpack is not None and not unpack.eof:
+                raise EOFError
+        except (OSError, EOFError, ValueError, HTTPException, HTTPError, zlib.error):
+            if self.is_success and not self.limit.is_settled:
+                raise self.limit.failure("the answer was cut: its end did not come") from None
+
+    def close(self) -> None:
+        """Give the connection back if the body was read to its end, else close it.
+
+        The garbage collector may run this for a stream that nobody has read to its end, so it
+        must not touch the pool's lock then.
+        """
+        if self._is_complete:
+            self._raw.release_conn()
+        else:
+            self._raw.close()
+
+    def _packed_chunks(self) -> Iterator[bytes]:
+        """The body as the server sent it."""
+        # urllib3's own methods wait for a full block, so a slow stream would look like silence.
+        # http.client's response below it has read1, which gives what is there.
+        source = getattr(self._raw, "_fp", self._raw)
+        while True:
+            if self.limit.left() <= 0:
+                raise socket.timeout("timed out")
+            chunk = source.read1(READ_SIZE)
+            if not chunk:
+                break
+            yield chunk
+        if getattr(source, "length", None):
+            raise EOFError
+        self._is_complete = True
+        source.close()  # http.client waits for this before it uses the connection again
+
+
+class Transport:
+    """HTTP exchanges, each within its time limit. The only room that knows requests.
+
+    A key goes nowhere but into the Authorization header of a request to the address of its own
+    provider, and redirects are not followed.
+    """
+
+    def __init__(self, clock: Clock, wall_clock: Clock, session: object = None) -> None:
+        self.redactor = Redactor()
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._given_session = cast("Optional[requests.Session]", session)
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin without connections, as each process must after a fork."""
+        self._limits = threading.local()
+        self._session = self._given_session or bounded_session(self._limits)
+        self._templates: Dict[Tuple[str, str, str], Tuple[Any, Dict[str, Any]]] = {}
+
+    def close(self) -> None:
+        """Close the connections that are kept alive."""
+        self._session.close()
+
+    def converse(
+        self, row: Provider, key: str, body: bytes, draft: Draft, limit: TimeLimit
+    ) -> Generator[str, None, None]:
+        """Send a question; the text of the draft comes out as it comes in. Raises Failure."""
+        limit.allow_upload(len(body))
+        with contextlib.closing(
+            self._open("POST", row, "/chat/completions", key, body, limit)
+        ) as reply:
+            draft.status = reply.status
+            draft.headers = reply.headers
+            if not reply.is_success:
+                limit.settle(USAGE_GRACE)
+
+            decoder = EventDecoder()
+            for chunk in reply.chunks():
+                for event in decoder.feed(chunk):
+                    yield from self._take(event, draft, reply)
+            for event in decoder.end():
+                yield from self._take(event, draft, reply)
+            yield draft.end()
+
+    def get(self, row: Provider, path: str, key: str, deadline: float) -> Json:
+        """The JSON object that a GET of the path gives. Raises Failure."""
+        limit = TimeLimit(self._clock, min(deadline, self._clock() + CHECK_TIMEOUT), CHECK_TIMEOUT)
+        with contextlib.closing(self._open("GET", row, path, key, None, limit)) as reply:
+            body = parsed(b"".join(reply.chunks()))
+            if reply.status != 200 or not isinstance(body, dict):
+                raise judge(reply.status, reply.headers, body, self._wall_clock())
+            return body
+
+    def _take(self, event: Event, draft: Draft, reply: Reply) -> Iterator[str]:
+        """Give an event to the draft, and tell the time limit what it means."""
+        now = self._wall_clock()
+        if not reply.is_success:
+            raise judge(reply.status, reply.headers, parsed(event.data), now)
+        try:
+            text = draft.take(event)
+        except ErrorInside as error:
+            raise judge(200, reply.headers, error.body, now) from None
+        if text:
+            yield text
+
+        limit = reply.limit
+        if draft.is_done:
+            limit.settle(END_GRACE)
+        elif draft.is_settled and draft.is_progress:
+            limit.settle(USAGE_GRACE)
+        elif draft.is_progress or text:  # a caller may have taken its time over the text
+            limit.is_settled = False
+            limit.progress()
+
+    def _open(
+        self,
+        method: str,
+        row: Provider,
+        path: str,
+        key: str,
+        body: Optional[bytes],
+        limit: TimeLimit,
+    ) -> Reply:
+        """Send a request; the reply is still to be read. Raises Failure."""
+        from http.client import HTTPException
+
+        from urllib3.exceptions import HTTPError
+
+        url = row.base_url + path
+        template, settings = self._template(method, url, key)
+        request = template.copy()
+        request.prepare_body(body, None)
+
+        left = limit.left()
+        if left <= 0:
+            raise limit.failure("no time was left")
+        self._limits.current = limit
+        timeout = (min(CONNECT_TIMEOUT, left), left)
+        try:
+            # session.send() would obey ~/.netrc, keep cookies and follow redirects.
+            adapter = self._session.get_adapter(url)
+            return Reply(adapter.send(request, timeout=timeout, **settings), limit)
+        except (OSError, ValueError, HTTPException, HTTPError) as error:
+            failure = network_failure(error, url, limit)
+        if failure.is_stale and self._given_session is None:
+            cast(Any, adapter).forget_connections()  # the others are as old
+        raise failure
+
+    def _template(self, method: str, url: str, key: str) -> Tuple[Any, Dict[str, Any]]:
+        """A request without a body, and the settings of the environment: proxy, certificates."""
+        import requests
+
+        name = (method, url, key)
+        if name not in self._templates:
+            headers = {
+                # The default agents of libraries are turned away with a 403 (2026-09).
+                "User-Agent": f"fallback_llm/{__version__}",
+                "Accept": "text/event-stream, application/json",
+                "Accept-Encoding": "identity",
+                "Content-Type": "application/json",
+            }
+            if key:
+                headers["Authorization"] = "Bearer " + key
+                self.redactor.add(key)
+            request = requests.Request(method, url, headers).prepare()
+            merged = self._session.merge_environment_settings(url, {}, True, None, None)
+            settings: Dict[str, Any] = dict(merged)
+            settings["proxies"] = self._proxies(url, settings["proxies"])
+            self._templates[name] = (request, settings)
+        return self._templates[name]
+
+    def _proxies(self, url: str, proxies: Mapping[str, str]) -> Dict[str, str]:
+        """The proxies to use. Raises Failure if the one for this URL has no valid address.
+
+        This machine is never asked through a proxy, to which the key would go in clear text.
+        """
+        from requests.utils import select_proxy
+
+        if is_loopback(url):
+            return {}
+        for proxy in proxies.values():
+            user_and_password = str(proxy).rpartition("@")[0].rpartition("://")[2]
+            self.redactor.add(user_and_password)
+            self.redactor.add(user_and_password.partition(":")[2])
+
+        proxy = select_proxy(url, dict(proxies)) or ""
+        try:
+            address = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+            is_valid = proxy == "" or (bool(address.hostname) and address.port != 0)
+        except ValueError:  # a port that is no number: a password with / or # in it
+            is_valid = False
+        if not is_valid:
+            raise Failure(
+                Verdict.FAULT,
+                "HTTPS_PROXY holds no valid address",
+                reaches_provider=True,
+                is_unreachable=True,
+                advice="check HTTPS_PROXY: special characters in a password must be %-encoded",
+            )
+        return dict(proxies)
+
+
+def causes_of(error: BaseException) -> List[BaseException]:
+    """The exceptions that are wrapped in an exception of requests, itself the first."""
+    found: List[BaseException] = []
+    waiting: Deque[object] = collections.deque([error])
+    while waiting and len(found) < 20:
+        problem = waiting.popleft()
+        if isinstance(problem, BaseException) and problem not in found:
+            found.append(problem)
+            waiting.extend([problem.__cause__, getattr(problem, "reason", None), *problem.args])
+            waiting.append(problem.__context__)
+    return found
+
+
+def network_failure(error: Exception, url: str, limit: TimeLimit) -> Failure:
+    """What it means that a request got no reply: the server, its address or our own network."""
+    from http.client import HTTPException
+
+    from requests.exceptions import ConnectTimeout, ProxyError, ReadTimeout, SSLError
+
+    causes = causes_of(error)
+    closed = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError, HTTPException)
+    if not isinstance(error, (ConnectTimeout, SSLError, ProxyError)):
+        if any(isinstance(cause, closed) for cause in causes):
+            failure = limit.failure("the connection was closed without a reply")
+            failure.is_stale = limit.is_reused
+            return failure
+        if isinstance(error, ReadTimeout) or "Read timed out" in str(error)[:1000]:
+            return limit.failure("no reply came in time")
+
+    # Only the beginning is looked at: a server can put a long line into an exception.
+    words = str(error)[:1000].partition(" (Caused by")[0]
+    what, advice = unreachable_because(causes, urlsplit(url).hostname or url)
+    return limit.failure(
+        f"{words} ({what})" if words else what,
+        reaches_provider=True,
+        is_unreachable=True,
+        summary=what,
+        advice=advice,
+    )
+
+
+def unreachable_because(causes: Sequence[BaseException], host: str) -> Tuple[str, str]:
+    """Why a host cannot be reached, and what to do, in words for people."""
+    text = " ".join(str(cause)[:300] for cause in causes)
+    tunnel = re.search(r"Tunnel connection failed: (\d{3})", text)
+    if tunnel is not None and tunnel.group(1) == "407":
+        return "the proxy wants a password (407)", "set user and password in HTTPS_PROXY"
+    if tunnel is not None:
+        return f"the proxy does not let us reach {host} ({tunnel.group(1)})", "check HTTPS_PROXY"
+    if "CA certificate bundle" in text or "TLS CA" in text:
+        return "the file with the CA certificates is missing", "check REQUESTS_CA_BUNDLE"
+    if "SSL" in text or "TLS" in text or "certificate" in text:
+        problem = re.search(r"certificate verify failed: ([\w -]{1,80})", text)
+        detail = problem.group(1).strip() if problem else "the TLS handshake failed"
+        advice = "check the clock, REQUESTS_CA_BUNDLE and HTTPS_PROXY"
+        return f"no secure connection to {host} ({detail})", advice
+
+    via = "the proxy" if "annot connect to proxy" in text else host
+    return f"cannot reach {via} ({connect_problem(causes)})", "check the network or HTTPS_PROXY"
+
+
+def connect_problem(causes: Sequence[BaseException]) -> str:
+    """Why no connection could be made."""
+    kinds = (
+        (socket.gaierror, "name resolution failed"),
+        (socket.timeout, "the connection timed out"),
+        (ConnectionRefusedError, "connection refused"),
+    )
+    for cause in causes:
+        for kind, words in kinds:
+            if isinstance(cause, kind):
+                return words
+    for cause in causes:
+        if type(cause) is OSError and cause.strerror:
+            return cause.strerror.lower()  # no route to host, network is unreachable
+    return "no connection"
+
+
+# --- 6. Health: what is known of providers and models across questions --------------------------
+
+
+class Candidate(NamedTuple):
+    """A model of a provider."""
+
+    row: Provider
+    model: str
+    position: str = "1/1"  # its place among the models of its provider, such as 2/3
+
+
+MAX_GUESS = 20.0  # seconds for which a fault puts a model last: it may recover at any time
+
+
+@dataclasses.dataclass(eq=False)
+class Mark:
+    """The failures of a provider, or of one of its models, since its last success."""
+
+    verdict: Verdict = Verdict.FAULT
+    failures: int = 0
+    failed_at: float = -math.inf
+    ready_at: float = -math.inf  # the server's word: nobody asks before
+    later_until: float = -math.inf  # our own guess: it is asked last until then
+    probed_until: float = -math.inf  # somebody is trying it: the others ask it last until then
+
+
+OPENING = 16  # requests under way to a model of which nothing is known; more with each answer
+CAREFUL_OPENING = 2  # the same once a rate limit was met anywhere
+HOLD = 0.05  # seconds after which a question that was held back looks again, at the soonest
+UNUSED_SLOTS = 4  # slots that nobody took are kept for later, as in a token bucket
+MARGIN = 1.05  # the measured gap is widened by this, so that the next refusal is far away
+MAX_GROWTH = 10.0  # a gap grows at most by this factor at a time
+EASING = 0.002  # an answer shortens the gap by this share ...
+EASING_DOUBLES = 12  # ... which doubles after so many answers without a refusal
+MAX_PROBE_GAP = 20.0  # seconds between two probes of a model that refuses everything
+
+
+class Pace:
+    """How fast a model or an account can be asked without being refused.
+
+    While no limit is known, only a few requests are under way at first, and more with each
+    answer. After a refusal the requests get slots, a gap apart. Between the ends of two quotas
+    the server has granted just what its rate allows, so the gap is the time between them, divided
+    by the requests granted in between. A refusal counts once for all requests that were under way.
+    """
+
+    def __init__(self) -> None:
+        self.refused_at = -math.inf  # the last refusal that counted
+        self._gap = 0.0  # seconds between two requests; 0: no limit is known
+        self._slot_at = -math.inf  # the next free slot
+        self._is_careful = False
+        self._window = float(OPENING)  # requests that may be under way while no limit is known
+        self._under_way = 0  # slots that are taken, and of these
+        self._sent = 0  # the requests that have no reply yet
+        self._latency = 0.0  # seconds that the last answer took
+        self._measured_from = math.nan  # when the quota had ended before, or the first request
+        self._granted = 0  # since then
+        self._refusals = 0  # since the last answer
+        self._span = 0.0  # of the last measurement: the time, the requests granted in it,
+        self._spent = 0
+        self._most = math.inf  # and the largest gap that it may give
+
+    def slot_at(self, now: float) -> float:
+        """When the next request can be sent."""
+        if self._gap:
+            return max(now, self._slot_at)
+        if self._under_way >= self._window:
+            return now + self.hold()
+        return now
+
+    def is_full(self) -> bool:
+        """Whether enough requests are under way for the little that is known."""
+        return self._gap == 0 and self._under_way >= self._window
+
+    def hold(self) -> float:
+        """Seconds after which there may be room for another request."""
+        return max(HOLD, self._latency / 2)
+
+    def be_careful(self) -> None:
+        """A rate limit was met somewhere: this one may have one too."""
+        self._is_careful = True
+        self._window = min(self._window, CAREFUL_OPENING)
+
+    def take(self, at: float) -> None:
+        """A request will be sent at this time."""
+        self._under_way += 1
+        if math.isnan(self._measured_from):
+            self._measured_from = at
+        if self._gap:
+            earliest = at - UNUSED_SLOTS * self._gap
+            self._slot_at = max(self._slot_at, earliest) + self._gap
+
+    def begin(self) -> None:
+        """A request is sent."""
+        self._sent += 1
+
+    def end(self, was_sent: bool) -> None:
+        """A slot was given up, or its request has ended, whatever came of it."""
+        self._under_way = max(0, self._under_way - 1)
+        if was_sent:
+            self._sent = max(0, self._sent - 1)
+
+    def grant(self, begun: float, now: float, room: Optional[int]) -> None:
+        """A request was answered. room: how many more the server says there is room for."""
+        self._refusals = 0
+        self._latency = now - begun
+        if begun >= self.refused_at:
+            self._granted += 1
+        if self._gap:
+            self._gap *= 1 - min(0.1, EASING * 2 ** (self._granted / EASING_DOUBLES))
+            return
+
+        # It doubles with each round of answers, or grows by one when it must be careful.
+        self._window += 1 / self._window if self._is_careful else 1
+        if room is not None:
+            self._window = max(1, min(self._window, room))
+
+    def refuse(self, now: float, begun: float, hint: Optional[float]) -> None:
+        """A request of a crowd, begun at `begun`, met the rate limit."""
+        if begun < self.refused_at:
+            self._correct()
+            return
+
+        # What was sent before and has no reply yet will probably be answered.
+        granted = self._granted + self._sent
+        if self._gap == 0 and granted == 0:
+            return  # nothing was granted, so there is nothing to measure
+
+        self.refused_at = now
+        self._refusals += 1
+        if granted > 0:
+            self._measure(now + (hint or 0.0), granted)
+        probe_gap = min(MAX_PROBE_GAP, self._gap * 2 ** (self._refusals - 1))
+        self._slot_at = now + max(self._gap, hint or probe_gap)
+
+    def _measure(self, begins_again: float, granted: int) -> None:
+        """Learn the gap at the end of a quota, which begins again when the hint ends."""
+        self._span = begins_again - self._measured_from
+        self._most = MAX_GROWTH * self._gap if self._gap else math.inf
+        self._spent = granted
+        self._gap = max(0.001, min(self._most, MARGIN * self._span / granted))
+        self._measured_from = begins_again
+        self._granted = 0
+
+    def _correct(self) -> None:
+        """One of those that had no reply at the last measurement was refused as well."""
+        if self._spent > 1:
+            self._spent -= 1
+            self._gap = max(0.001, min(self._most, MARGIN * self._span / self._spent))
+
+
+class Outlook(NamedTuple):
+    """When a candidate can be asked, as far as earlier questions tell."""
+
+    ready_at: float  # the server's word
+    slot_at: float  # our own pacing
+    is_full: bool  # enough requests are under way for the little that is known
+    is_well: bool  # no rate limit was met anywhere
+    is_later: bool  # it failed lately, or somebody is trying it just now
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """The right to ask a candidate at a certain time."""
+
+    candidate: Candidate
+    taken_at: float
+    is_begun: bool = False  # its request was sent
+
+
+class Health:
+    """What is known of providers and models across questions: cooldowns, probes, pacing.
+
+    Whoever chooses a candidate holds `lock` from looking to taking. The garbage collector may
+    close a stream while this very thread holds the lock, so `drop` takes none: what it leaves
+    behind is cleared away by the next one who has it.
+    """
+
+    def __init__(self, clock: Clock, wall_clock: Clock) -> None:
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._marks: Dict[Tuple[str, str], Mark] = {}  # the model "" stands for the provider
+        self._paces: Dict[Tuple[str, str], Pace] = {}
+        self._seen: Dict[str, ProviderHealth] = {}  # facts; the status is derived from the marks
+        self._limit_was_met = False
+        self._open_slots = 0
+        self._dropped: Deque[Tuple[Slot, Optional[float]]] = collections.deque()
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """Begin with a free lock and nothing under way, as each process must after a fork."""
+        self.lock = threading.Lock()
+        self._paces.clear()
+        self._dropped.clear()
+        self._open_slots = 0
+
+    def outlook(self, candidate: Candidate, now: float) -> Outlook:
+        """When the candidate can be asked. The caller holds the lock."""
+        self._clear_dropped()
+        marks = self._marks_of(candidate)
+        account, model = self._paces_of(candidate)
+        return Outlook(
+            ready_at=max([mark.ready_at for mark in marks], default=-math.inf),
+            slot_at=max(account.slot_at(now), model.slot_at(now)),
+            is_full=model.is_full(),
+            is_well=not self._limit_was_met,
+            is_later=any(now < max(mark.later_until, mark.probed_until) for mark in marks),
+        )
+
+    def take(self, candidate: Candidate, now: float, at: float) -> Slot:
+        """The candidate will be asked at this time. The caller holds the lock."""
+        for mark in self._marks_of(candidate):
+            mark.probed_until = at + candidate.row.idle_timeout + CONNECT_TIMEOUT
+        for pace in self._paces_of(candidate):
+            pace.take(at)
+        self._open_slots += 1
+        return Slot(candidate, now)
+
+    def begin(self, slot: Slot) -> bool:
+        """Whether the request can be sent; if others were refused meanwhile, the slot is void."""
+        with self.lock:
+            now = self._clock() + 1e-6
+            paces = self._paces_of(slot.candidate)
+            is_void = any(pace.refused_at > slot.taken_at for pace in paces)
+            if is_void or any(mark.ready_at > now for mark in self._marks_of(slot.candidate)):
+                self._end(slot)
+                return False
+            slot.is_begun = True
+            for pace in paces:
+                pace.begin()
+            return True
+
+    def drop(self, slot: Slot, answered_since: Optional[float] = None) -> None:
+        """A slot is given up, or its request is ended by the caller.
+
+        answered_since: when the request began, if it had given some text by then.
+        """
+        self._dropped.append((slot, answered_since))
+
+    def answered(self, slot: Slot, begun: float, room: Optional[int]) -> None:
+        """A request that began at `begun` was answered."""
+        with self.lock:
+            self._clear_dropped()
+            self._end(slot)
+            for pace in self._paces_of(slot.candidate):
+                pace.grant(begun, self._clock(), room)
+            self._forgive(slot.candidate, begun)
+
+    def failed(
+        self, slot: Slot, begun: float, failure: Failure, backoff: Callable[[int], float]
+    ) -> None:
+        """A request that began at `begun` failed."""
+        with self.lock:
+            self._clear_dropped()
+            self._end(slot)
+            rule = failure.rule
+            if failure.is_blameless or failure.is_stale or not rule.counts:
+                return
+
+            now = self._clock()
+            candidate = slot.candidate
+            scope = "" if failure.reaches_provider else candidate.model
+            if failure.verdict is Verdict.RATE_LIMITED and self._open_slots > 0:
+                # A question that is alone keeps its plain backoff.
+                self._meet_limit()
+                self._pace(candidate.row.name, scope).refuse(now, begun, failure.hint)
+
+            seen = self._seen.setdefault(candidate.row.name, ProviderHealth())
+            seen.last_failure = self._wall_clock()
+            mark = self._marks.setdefault((candidate.row.name, scope), Mark())
+            if begun >= mark.failed_at:  # those that were under way together count once
+                mark.failures += 1
+                seen.consecutive_failures += 1
+            guess = rule.asked_last_for or min(MAX_GUESS, backoff(mark.failures))
+            mark.verdict = failure.verdict
+            mark.failed_at = now
+            mark.later_until = now + guess
+            mark.ready_at = max(mark.ready_at, now + (failure.hint or 0.0))
+
+    def wait_for_server(self, candidate: Candidate) -> float:
+        """Seconds until the server wants to be asked again, 0 if it did not say."""
+        with self.lock:
+            ends = [mark.ready_at for mark in self._marks_of(candidate)]
+        return max(0.0, max(ends, default=-math.inf) - self._clock())
+
+    def of_provider(self, name: str, has_key: bool) -> ProviderHealth:
+        """What is known of a provider now, by its latest failure since its last success."""
+        with self.lock:
+            self._clear_dropped()
+            health = dataclasses.replace(self._seen.get(name, ProviderHealth()))
+            marks = [mark for (owner, _), mark in self._marks.items() if owner == name]
+        latest = max(marks, key=lambda mark: mark.failed_at, default=Mark())
+        left = max(latest.ready_at, latest.later_until) - self._clock()
+
+        if not has_key or latest.verdict is Verdict.DENIED:
+            health.status = ProviderStatus.UNAVAILABLE
+        elif health.consecutive_failures == 0:
+            health.status = ProviderStatus.HEALTHY
+        elif latest.verdict is Verdict.RATE_LIMITED:
+            health.rate_limit_reset_time = self._wall_clock() + left
+            is_over = left <= 0
+            health.status = ProviderStatus.HEALTHY if is_over else ProviderStatus.RATE_LIMITED
+        else:
+            health.status = ProviderStatus.FAILED
+        return health
+
+    def _marks_of(self, candidate: Candidate) -> List[Mark]:
+        """The marks of the candidate's provider and of the candidate itself."""
+        return [self._marks[key] for key in keys_of(candidate) if key in self._marks]
+
+    def _paces_of(self, candidate: Candidate) -> Tuple[Pace, Pace]:
+        """The pace of the candidate's account, and its own."""
+        name = candidate.row.name
+        return self._pace(name, ""), self._pace(name, candidate.model)
+
+    def _pace(self, name: str, model: str) -> Pace:
+        if (name, model) not in self._paces:
+            pace = Pace()
+            if self._limit_was_met:
+                pace.be_careful()
+            self._paces[name, model] = pace
+        return self._paces[name, model]
+
+    def _meet_limit(self) -> None:
+        """From now on nobody is asked boldly of whom nothing is known."""
+        if not self._limit_was_met:
+            self._limit_was_met = True
+            for pace in self._paces.values():
+                pace.be_careful()
+
+    def _end(self, slot: Slot) -> None:
+        """Its request is not under way any more, and nobody is trying the candidate."""
+        self._open_slots -= 1
+        now = self._clock()
+        for mark in self._marks_of(slot.candidate):
+            mark.probed_until = min(mark.probed_until, now)
+        for pace in self._paces_of(slot.candidate):
+            pace.end(slot.is_begun)
+
+    def _forgive(self, candidate: Candidate, begun: float) -> None:
+        """Forget the failures before a success that began at `begun`, not those since then."""
+        for key in keys_of(candidate):
+            mark = self._marks.get(key)
+            if mark is not None and mark.failed_at <= begun:
+                del self._marks[key]
+
+        name = candidate.row.name
+        seen = self._seen.setdefault(name, ProviderHealth())
+        seen.last_success = self._wall_clock()
+        newer = [key for key, mark in self._marks.items() if mark.failed_at > begun]
+        if not any(owner == name for owner, _ in newer):
+            seen.consecutive_failures = 0
+
+    def _clear_dropped(self) -> None:
+        while self._dropped:
+            slot, answered_since = self._dropped.popleft()
+            self._end(slot)
+            if answered_since is not None:
+                self._forgive(slot.candidate, answered_since)
+
+
+def keys_of(candidate: Candidate) -> Tuple[Tuple[str, str], Tuple[str, str]]:
+    """The keys of what is known of a candidate's provider, and of itself."""
+    return (candidate.row.name, ""), (candidate.row.name, candidate.model)
+
+
+def room_in(headers: Mapping[str, str], tokens: int) -> Optional[int]:
+    """How many more requests of this size a successful reply says there is room for.
+
+    Cerebras sends what is left of requests and tokens per minute, hour and day. Groq sends the
+    requests of the day and the tokens of the minute (2026-10). None: nothing is said.
+    """
+    rooms = []
+    for name, value in headers.items():
+        if not name.startswith("x-ratelimit-remaining-"):
+            continue
+        left = to_number(value)
+        if not math.isfinite(left):
+            continue
+        if name.startswith("x-ratelimit-remaining-tokens"):
+            left = left / max(1, tokens)
+        rooms.append(int(left))
+    return min(rooms, default=None)
+
+
+# --- 7. Queue: who is next, and how long to wait ------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class Turn:
+    """A candidate in the line of one question."""
+
+    candidate: Candidate
+    attempts: int = 0  # used
+    ready_at: float = -math.inf  # it is not asked before
+    patience: float = 0.0  # how long the question waits for it although others are ready
+    place: int = 0  # the line is in the order of the places
+    was_stale: bool = False  # it had a second attempt because a kept connection was closed
+
+
+class Option(NamedTuple):
+    """A turn as it stands at one moment."""
+
+    turn: Turn
+    wait: float  # seconds until it can be asked
+    patience: float
+    is_held: bool = False  # after the wait there is only another look
+
+
+class Step(NamedTuple):
+    """What a question does next: it waits, and then asks, or looks again if there is no slot."""
+
+    turn: Turn
+    wait: float
+    slot: Optional[Slot]
+
+
+def first_choice(options: Sequence[Option], limit: float) -> Optional[Option]:
+    """Who is asked next: the first whose wait is within its patience, or else the soonest.
+
+    None if no wait is within the limit.
+    """
+    for option in options:
+        if option.wait <= min(option.patience, limit):
+            return option
+    soonest = min(options, key=lambda option: option.wait, default=None)
+    if soonest is None or soonest.wait > limit:
+        return None
+    return soonest
+
+
+class Queue:
+    """The candidates of one question: who is next, and how long to wait.
+
+    Ask the first in line who is worth the wait. Who fails goes to the end of the line unless it
+    only asked for a short pause. When nobody is ready, wait for the soonest.
+    """
+
+    def __init__(
+        self,
+        candidates: Iterable[Candidate],
+        deadline: float,
+        health: Health,
+        config: RetryConfig,
+        clock: Clock,
+        chance: Clock,
+    ) -> None:
+        self.deadline = deadline
+        self._line = [Turn(candidate) for candidate in candidates]
+        self._health = health
+        self._config = config
+        self._clock = clock
+        self._chance = chance
+        self._anybody_reached = False
+
+    def next(self) -> Optional[Step]:
+        """Who is asked next, with a slot; None when nobody is left, or not in time."""
+        with self._health.lock:  # two threads that look at once would take the same slot
+            now = self._clock()
+            time_left = self.deadline - now
+            if time_left <= 0:
+                return None
+            options = self._options(now)
+            choice = first_choice(options, min(self._config.max_delay, time_left))
+            if choice is None or choice.wait >= time_left:
+                return None
+            slot = None
+            if not choice.is_held:
+                slot = self._health.take(choice.turn.candidate, now, now + choice.wait)
+            return Step(choice.turn, choice.wait, slot)
+
+    def deadline_for(self, turn: Turn) -> float:
+        """The end of an attempt: half of the time that is left, while another one is ready."""
+        now = self._clock()
+        if math.isinf(self.deadline):
+            return self.deadline
+        with self._health.lock:
+            others = [option for option in self._options(now) if option.turn is not turn]
+        if any(option.wait == 0 for option in others):
+            return now + (self.deadline - now) / 2
+        return self.deadline
+
+    def failed(self, asked: Turn, failure: Failure) -> None:
+        """Move those whom a failure reaches: out, to the end of the line, or nowhere."""
+        now = self._clock()
+        if not failure.is_unreachable:
+            self._anybody_reached = True
+        if failure.is_stale and not asked.was_stale:
+            asked.was_stale = True
+            asked.attempts += 1
+            return
+
+        end = 1 + max(turn.place for turn in self._line)
+        siblings = [turn for turn in self._line if turn.candidate.row is asked.candidate.row]
+        for turn in siblings:
+            if failure.delays_siblings:
+                turn.place = end
+            if turn is asked or failure.reaches_provider:
+                self._punish(turn, failure, now, end)
+        if asked.place == end:
+            asked.place = end + 1  # behind its siblings
+
+    def _punish(self, turn: Turn, failure: Failure, now: float, end: int) -> None:
+        """Put a turn out of the line, or at its end, or let it wait where it is."""
+        turn.attempts += 1
+        if not failure.rule.asked_again:
+            self._line.remove(turn)
+            return
+
+        due = self._config.backoff(turn.attempts)
+        pause = due
+        if self._config.jitter:
+            pause *= 0.8 + 0.2 * self._chance()
+        wait = max(pause, failure.hint or 0.0)
+        turn.ready_at = now + wait
+        is_limit = failure.verdict is Verdict.RATE_LIMITED and self._config.wait_on_rate_limit
+        if is_limit and wait <= due:
+            turn.patience = due
+        else:
+            turn.patience = 0.0
+            turn.place = end
+
+    def add(self, candidates: Iterable[Candidate]) -> None:
+        """Put new candidates at the front of the line."""
+        self._line[:0] = [Turn(candidate) for candidate in candidates]
+
+    def unasked(self) -> List[Candidate]:
+        """The candidates that were never asked."""
+        return [turn.candidate for turn in self._line if turn.attempts == 0]
+
+    def _options(self, now: float) -> List[Option]:
+        """Those who have attempts left, in the order of the line; the caller holds the lock."""
+        most = self._config.max_attempts
+        if not self._anybody_reached:
+            most = min(most, 2)  # our own network is down: one more round, then stop
+
+        ranked = []
+        for turn in self._line:
+            if turn.attempts >= most:
+                continue
+            outlook = self._health.outlook(turn.candidate, now)
+            is_later = outlook.is_later and turn.attempts == 0
+            ranked.append(((turn.place, is_later), self._option(turn, outlook, now)))
+        ranked.sort(key=lambda pair: pair[0])
+        return [option for _, option in ranked]
+
+    def _option(self, turn: Turn, outlook: Outlook, now: float) -> Option:
+        # Less than a microsecond is a clock's rounding.
+        wait = max(0.0, round(max(turn.ready_at, outlook.ready_at) - now, 6))
+        patience = min(turn.patience, (self.deadline - now) / 2)
+
+        slot_wait = round(outlook.slot_at - now, 6)
+        if outlook.is_full and wait == 0:
+            # While no limit is known anywhere, the next answer is worth a short wait.
+            if outlook.is_well:
+                patience = slot_wait
+            return Option(turn, slot_wait, patience, is_held=True)
+        if slot_wait > self._config.max_delay >= wait:
+            # Our own pacing is no reason to give up.
+            return Option(turn, self._config.max_delay, patience, is_held=True)
+        return Option(turn, max(wait, slot_wait), patience)
+
+
+# --- 8. FallbackLLM: the public methods and the walk --------------------------------------------
+
+ANSWER_CUT = "✂️  answer cut at max_tokens"
+Names = Union[str, Iterable[str], None]  # of providers: "groq,openrouter", a list, or all
+Accept = Callable[[str], object]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+OUR_PARAMETERS = ["question", "max_tokens", "provider", "model", "system", "messages", "timeout"]
+OUR_PARAMETERS += ["accept", "temperature"]
+API_PARAMETERS = ("models", "seed", "stop", "top_p", "user", "metadata", "modalities", "store")
+UNSUPPORTED = ("tools", "stream", "n")
+# A models list also holds models that do not chat.
+NOT_CHAT = re.compile(
+    "whisper|tts|speech|audio|guard|embed|rerank|moderation|image|ocr|content-safety|shield"
+)
+MOST_REPLACEMENTS = 5  # models of a provider's list that take the place of those that are gone
+
+
+@dataclasses.dataclass(eq=False)
+class Question:
+    """A question, checked, with all that is sent for it."""
+
+    fields: Json  # the body of the request, without the model
+    candidates: List[Candidate]
+    deadline: float
+    accept: Optional[Accept] = None
+    has_chosen_model: bool = False
+    is_restricted: bool = False  # the caller named the provider or the model
+    cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+
+class Statistics:
+    """Counts of questions.
+
+    Adding never waits for a lock: the garbage collector may close a stream, and with it end a
+    question, while this very thread holds the lock.
+    """
+
+    NAMES = (
+        "total_requests",
+        "successful_requests",
+        "failed_requests",
+        "rate_limited_requests",
+        "provider_switches",
+    )
+
+    def __init__(self) -> None:
+        self._totals = [0] * len(self.NAMES)
+        self._new: Deque[Tuple[int, ...]] = collections.deque()
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
+    def add(self, trail: Sequence[Attempt], is_answered: bool) -> None:
+        """Count a question that has ended."""
+        answered = 1 if is_answered else 0
+        limited = sum(1 for attempt in trail if attempt.status == 429)
+        switches = 0
+        for before, after in zip(trail, trail[1:]):
+            if before.provider != after.provider:
+                switches += 1
+        self._new.append((1, answered, 1 - answered, limited, switches))
+
+        if self._lock.acquire(blocking=False):
+            try:
+                self._fold()
+            finally:
+                self._lock.release()
+
+    def totals(self) -> Dict[str, int]:
+        with self._lock:
+            self._fold()
+            return dict(zip(self.NAMES, self._totals))
+
+    def reset(self) -> None:
+        with self._lock:
+            self._fold()
+            self._totals = [0] * len(self.NAMES)
+
+    def _fold(self) -> None:
+        while self._new:
+            counts = self._new.popleft()
+            self._totals = [total + count for total, count in zip(self._totals, counts)]
+
+
+class Roster:
+    """The providers that can be asked: their rows, keys and models, in their order."""
+
+    def __init__(
+        self,
+        providers: Iterable[Provider],
+        api_keys: Mapping[str, Optional[str]],
+        idle_timeout: Optional[float],
+    ) -> None:
+        settings = Settings()
+        self.problems = settings.problems
+        self.all_rows: Dict[str, Provider] = {}
+        self.models: Dict[str, List[str]] = {}
+        self.api_keys: Dict[str, Optional[str]] = {}
+        self._placeholders: Set[str] = set()
+        self._found_keys: Dict[str, Optional[str]] = {}  # as the environment has them
+
+        for row in providers:
+            if not isinstance(row, Provider):
+                raise ValueError(f"providers must be rows (Provider), not {row!r:.60}")
+            quiet = row.idle_timeout if idle_timeout is None else idle_timeout
+            row = dataclasses.replace(row, base_url=base_url(row), idle_timeout=quiet)
+            self.all_rows[row.name] = row
+            listed = re.split(r"[\s,]+", settings.value(row.variable("MODELS")))
+            self.models[row.name] = [name for name in listed if name] or list(row.models)
+            key = settings.value(row.key_env) if row.key_env else ""
+            if is_placeholder(key):
+                self._placeholders.add(row.name)
+                key = ""
+            self._found_keys[row.name] = key or None
+        self.fallback_order = list(self.all_rows)
+
+        self.api_keys.update(self._found_keys)
+        for name, given in api_keys.items():
+            if given is not None and not isinstance(given, str):
+                raise ValueError(f"api_keys[{name!r}] must be text, not {type(given).__name__}")
+            self.api_keys[self.rows(name)[0].name] = given
+
+    def given_keys(self) -> Dict[str, Optional[str]]:
+        """The keys that do not come from the environment."""
+        given = {}
+        for name, key in self.api_keys.items():
+            if key != self._found_keys.get(name):
+                given[name] = key
+        return given
+
+    def key(self, row: Provider) -> str:
+        """The key of a provider, "" if it has none."""
+        return stripped(self.api_keys.get(row.name))
+
+    def key_problem(self, row: Provider) -> str:
+        """Why a provider cannot be asked, "" if it can."""
+        key = self.key(row)
+        if not key and row.key_env is None:
+            return ""
+        name = row.key_env or f"the key of {row.name}"
+        if key and re.fullmatch("[!-~]+", key):
+            return ""
+        if key:
+            problem = "contains a character that cannot be in a key"
+        elif row.name in self._placeholders:
+            problem = "holds a placeholder"
+        else:
+            problem = "is not set"
+        return f"{name} {problem} → get a key: {row.key_url}"
+
+    def rows(self, names: Names = None) -> List[Provider]:
+        """The rows of these providers, None for all, in their order. Raises ValueError."""
+        wanted = self.fallback_order if names is None else names
+        if isinstance(wanted, str):
+            wanted = wanted.split(",")
+        try:
+            found = [str(name).strip().lower() for name in wanted]
+        except TypeError:
+            found = []
+        if not found or not all(name in self.all_rows for name in found):
+            known = ", ".join(self.all_rows)
+            raise ValueError(f"provider must be one or more of {known}, not {names!r:.60}")
+        return [self.all_rows[name] for name in dict.fromkeys(found)]
+
+    def usable_rows(self, names: Names = None) -> List[Provider]:
+        """The rows that have a key, or need none. Raises NoProviderError if there is none."""
+        rows = self.rows(names)
+        usable = [row for row in rows if not self.key_problem(row)]
+        if usable:
+            return usable
+
+        lines = ["No API keys found! Please set environment variables:"]
+        lines.append("   " + ", ".join(row.key_env or row.name for row in rows))
+        lines.extend(f"   {row.name}: {self.key_problem(row)}" for row in rows)
+        example = f"export {rows[-1].key_env}=...   (or put it into .env)"
+        lines.append(f"   One is enough: {example}")
+        lines.extend(f"   {problem}" for problem in self.problems)
+        raise NoProviderError("\n".join(lines))
+
+    def candidates(self, names: Names, model: Optional[str]) -> List[Candidate]:
+        """Whom to ask, in this order. A model may be "provider:model". Raises as `rows` does."""
+        if model is not None and (not isinstance(model, str) or is_blank(model)):
+            raise ValueError(f"model must be the id of a model, not {model!r:.60}")
+        rows = self.usable_rows(names)
+        if model is not None:
+            prefix, _, rest = model.partition(":")
+            if rest and prefix.strip().lower() in self.all_rows:
+                if names is not None and self.rows(prefix)[0] not in self.rows(names):
+                    raise ValueError(f"model {model} is not of provider {names!r}")
+                rows = self.usable_rows(prefix)
+                model = rest.strip()
+            else:
+                listing = [row for row in rows if model in self.models[row.name]]
+                rows = listing or rows
+
+        candidates = []
+        for row in rows:
+            models = self.models[row.name] if model is None else [model]
+            for number, name in enumerate(models, 1):
+                candidates.append(Candidate(row, name, f"{number}/{len(models)}"))
+        if not candidates:
+            names_of_rows = ", ".join(row.name for row in rows)
+            raise ValueError(f"models must name one: {names_of_rows} has none")
+        return candidates
+
+    def nearest_model(self, model: str) -> str:
+        """The listed model whose id is like this one, "" if none is."""
+        listed = [name for models in self.models.values() for name in models]
+        if model in listed:
+            return ""
+        near = difflib.get_close_matches(model, listed, 1, 0.7)
+        return near[0] if near else ""
+
+
+class Trail:
+    """What has happened to one question so far."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.attempts: List[Attempt] = []
+        self.failures: Dict[str, Tuple[Candidate, Failure]] = {}  # the last of each provider
+        self.draft = Draft("", is_live=False)  # of the current attempt
+        self.waited = 0.0  # since the last attempt
+        self._started = clock()
+        self._clock = clock
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether text of the current attempt has been given out, which cannot be taken back."""
+        return self.draft.is_live and bool(self.draft.texts)
+
+    def add(self, turn: Turn, failure: Optional[Failure], begun: float) -> None:
+        """Note an attempt that has ended."""
+        row, model, _ = turn.candidate
+        attempt = Attempt(
+            provider=row.name,
+            model=model,
+            number=turn.attempts + 1,
+            status=self.draft.status,
+            verdict=failure.verdict if failure else None,
+            reason=failure.reason if failure else "",
+            waited=self.waited,
+            elapsed=self._clock() - begun,
+        )
+        self.attempts.append(attempt)
+        self.waited = 0.0
+        if failure is not None:
+            self.failures[row.name] = (turn.candidate, failure)
+
+    def answer(self) -> Answer:
+        """The answer that the last attempt gave."""
+        last = self.attempts[-1]
+        return Answer(
+            text=self.draft.text,
+            provider=last.provider,
+            model=last.model,
+            finish_reason=self.draft.finish_reason or None,
+            usage=self.draft.usage,
+            attempts=tuple(self.attempts),
+            elapsed=self._clock() - self._started,
+            skipped_events=self.draft.skipped_events,
+        )
+
+    def was_asked(self, candidate: Candidate) -> bool:
+        name, model = candidate.row.name, candidate.model
+        return any(a.provider == name and a.model == model for a in self.attempts)
+
+    def gone_models(self, provider: str) -> Set[str]:
+        """The models of a provider that turned out to be gone."""
+        gone = set()
+        for attempt in self.attempts:
+            if attempt.provider == provider and attempt.verdict is Verdict.GONE:
+                gone.add(attempt.model)
+        return gone
+
+
+class Narrator:
+    """Tells one question's walk through the logger, in the documented lines.
+
+    A line is told once: a provider that cannot be reached gives the same error for each model.
+    """
+
+    def __init__(self, config: RetryConfig) -> None:
+        self._config = config
+        self._told: Set[str] = set()
+        self._provider = ""
+        self._last: Optional[Candidate] = None
+
+    def asking(self, candidate: Candidate) -> None:
+        name = candidate.row.name
+        if self._last is not None and self._last != candidate:
+            last_name, last_model = self._last.row.name, self._last.model
+            self._tell(f"🔄 {last_name} {last_model} failed, trying next model...")
+        if name != self._provider:
+            self._tell(f"🔄 Trying provider: {name}")
+        if candidate != self._last:
+            self._tell(f"🎯 Trying {name} model {candidate.position}: {candidate.model}")
+        self._provider = name
+
+    def waiting(self, step: Step) -> None:
+        if step.turn.attempts:
+            logger.info("⏳ Waiting %.2fs before retry...", step.wait)
+        else:
+            name = step.turn.candidate.row.name
+            logger.info("⏳ Waiting %.2fs: %s is rate-limited", step.wait, name)
+
+    def answered(self, candidate: Candidate, trail: Trail) -> None:
+        name = candidate.row.name
+        number = trail.attempts[-1].number
+        logger.info("✅ Success with %s %s on attempt %d", name, candidate.model, number)
+        if trail.draft.skipped_events:
+            count = trail.draft.skipped_events
+            logger.warning("⚠️  the stream held %d malformed events, which were left out", count)
+        if trail.draft.finish_reason == "length":
+            logger.warning(ANSWER_CUT)
+
+    def failed(self, turn: Turn, failure: Failure, is_shown: bool) -> None:
+        candidate = turn.candidate
+        row = candidate.row
+        if not is_shown:  # what broke off after its first text is told by StreamInterrupted
+            line = f"❌ Error in {row.name} API request: {failure.reason}"
+            self._tell(line, logging.WARNING, again=not failure.is_unreachable)
+        self._last = candidate
+        if failure.verdict is Verdict.DENIED and row.key_env:
+            self._tell(f"🔑 Check {row.key_env} and the account: {row.key_url}", logging.WARNING)
+        if failure.rule.asked_again and turn.attempts + 1 >= self._config.max_attempts:
+            number = turn.attempts + 1
+            line = f"🔄 {row.name} {candidate.model} exhausted all {number} retry attempts"
+            self._tell(line)
+
+    def _tell(self, line: str, level: int = logging.INFO, again: bool = False) -> None:
+        if again or line not in self._told:
+            self._told.add(line)
+            logger.log(level, "%s", line)
+
+
+def duration_words(seconds: float) -> str:
+    """A duration as a person would say it."""
+    for length, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * length:
+            return f"{round(seconds / length)} {unit}"
+    if seconds >= 3600:
+        return "1 hour"
+    return f"{math.ceil(seconds)} s"
+
+
+def models_by_provider(candidates: Iterable[Candidate]) -> str:
+    """Such as "groq (3 models), openrouter (1 model)"."""
+    counts = collections.Counter(candidate.row.name for candidate in candidates)
+    parts = []
+    for name, count in counts.items():
+        parts.append(f"{name} ({count} model{'' if count == 1 else 's'})")
+    return ", ".join(parts)
+
+
+def work_through(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
+) -> Iterator[Result]:
+    """The results of the function, in the order of the items, from so many threads.
+
+    The items are read only as far as needed: `ahead` for each worker. An exception of the function
+    comes out at once. The threads are daemons: whoever stops reading, or ends the program, does
+    not wait for them.
+    """
+    todo: queue.Queue[Any] = queue.Queue()
+    done: queue.Queue[Any] = queue.Queue()
+    numbered = enumerate(items)
+    results: Dict[int, Result] = {}
+    threads: List[threading.Thread] = []
+    submitted = 0
+    given = 0
+    try:
+        while True:
+            for pair in itertools.islice(numbered, given + ahead * workers - submitted):
+                todo.put(pair)
+                submitted += 1
+                if len(threads) < workers:
+                    arguments = (function, todo, done)
+                    thread = threading.Thread(target=work, args=arguments, daemon=True)
+                    thread.start()
+                    threads.append(thread)
+            if given == submitted:
+                return
+            while given not in results:
+                number, result, error = done.get()
+                if error is not None:
+                    raise error
+                results[number] = result
+            yield results.pop(given)
+            given += 1
+    finally:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                todo.get_nowait()
+        for _ in threads:
+            todo.put(None)
+
+
+def work(function: Callable[[Item], Result], todo: Any, done: Any) -> None:
+    """A worker: calls the function for the numbered items of a queue, until there is a None."""
+    for number, item in iter(todo.get, None):
+        try:
+            done.put((number, function(item), None))
+        except BaseException as error:  # noqa: BLE001 - it is raised where the results are read
+            done.put((number, None, error))
+
+
+def check_parameter_names(parameters: Json) -> None:
+    """Raise ValueError for parameters that are not supported or look misspelt."""
+    for name in parameters:
+        if name in UNSUPPORTED:
+            raise ValueError("tools, stream and n are not supported")
+        if name in API_PARAMETERS:
+            continue
+        near = difflib.get_close_matches(name, OUR_PARAMETERS, 1, 0.8)
+        if near and near[0] != name:
+            raise ValueError(f"unknown parameter {name!r}: did you mean {near[0]!r}?")
+
+
+def rejection(accept: Optional[Accept], text: str) -> Optional[Failure]:
+    """The failure of an answer that the caller does not accept."""
+    if accept is None:
+        return None
+    try:
+        if accept(text):
+            return None
+        reason = "the answer was not accepted"
+    except ValueError as error:  # json.loads raises one
+        reason = f"the answer was not accepted: {error}"
+    return Failure(Verdict.REJECTED, reason)
+
+
+def raise_if_final(failure: Failure, trail: Trail) -> None:
+    """Raise the error of a failure that ends the question, whoever else might answer."""
+    last = trail.attempts[-1]
+    who = f"{last.provider} {last.model}"
+    if trail.is_shown:
+        raise StreamInterrupted(
+            f"{who} broke off: {failure.reason}",
+            trail.attempts,
+            partial=trail.draft.text,
+            provider=last.provider,
+            model=last.model,
+        )
+    if failure.verdict is Verdict.REFUSED:
+        message = f"{last.provider} refused the question: {failure.reason}"
+        raise AnswerRefused(message, trail.attempts, reason=failure.reason)
+
+
+def is_chat_model(entry: object, free_only: bool) -> bool:
+    """Whether an entry of a models list is a model that answers text with text.
+
+    It is judged by what the entry says (Groq 2026-09, OpenRouter 2026-10), or else by its name.
+    """
+    name = dig(entry, "id")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w./:@~+-]{1,200}", name):
+        return False
+    if NOT_CHAT.search(name.lower()) or dig(entry, "active") is False:
+        return False
+
+    modalities = dig(entry, "output_modalities") or dig(entry, "architecture", "output_modalities")
+    if modalities not in (None, ["text"]):
+        return False
+    context = to_number(dig(entry, "context_window") or dig(entry, "context_length"))
+    if context <= 4096:
+        return False
+
+    if free_only:
+        prices = as_object(dig(entry, "pricing")).values()
+        return bool(prices) and all(to_number(price) == 0 for price in prices)
+    return True
+
+
+@dataclasses.dataclass(eq=False)
+class Parts:
+    """What the questions of one client share."""
+
+    roster: Roster
+    health: Health
+    transport: Transport
+    clock: Clock
+    sleep: Callable[[float], object]
+    chance: Clock
+    statistics: Statistics = dataclasses.field(default_factory=Statistics)
+    searched: Set[str] = dataclasses.field(default_factory=set)  # whose models list was asked for
+
+    def renew(self) -> None:
+        """Begin with connections and locks of its own, as each process must after a fork."""
+        self.transport.renew()
+        self.health.renew_lock()
+        self.statistics.renew_lock()
+
+    def shown(self, text: str) -> str:
+        """A server's text, safe to show."""
+        if text in ("", "stop", "length"):
+            return text
+        for key in self.roster.api_keys.values():
+            self.transport.redactor.add(key)
+        return self.transport.redactor.line(text)
+
+    def served_models(self, row: Provider, deadline: float = math.inf) -> List[str]:
+        """The chat models in a provider's own list; none if the list cannot be had."""
+        try:
+            listing = self.transport.get(row, "/models", self.roster.key(row), deadline)
+        except Failure:
+            return []
+        entries = listing.get("data")
+        if not isinstance(entries, list):
+            return []
+        models = []
+        for entry in entries:
+            name = dig(entry, "id")
+            if is_chat_model(entry, row.free_only) and self.shown(name) == name:
+                models.append(name)
+        return models
+
+
+FORKED: weakref.WeakSet[Parts] = weakref.WeakSet()  # renewed in each new process
+
+
+def renew_after_fork(parts: Parts) -> None:
+    """See to it that a forked process does not share connections and locks with its parent.
+
+    Two processes that read from one socket would get each other's answers.
+    """
+    if not FORKED and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew_all)
+    FORKED.add(parts)
+
+
+def renew_all() -> None:
+    for parts in FORKED:
+        parts.renew()
+
+
+class Walk:
+    """One question's walk over its candidates."""
+
+    def __init__(
+        self, question: Question, is_live: bool, parts: Parts, config: RetryConfig
+    ) -> None:
+        self._question = question
+        self._is_live = is_live
+        self._parts = parts
+        self._config = config
+        self._line = Queue(
+            question.candidates,
+            question.deadline,
+            parts.health,
+            config,
+            parts.clock,
+            parts.chance,
+        )
+        self._trail = Trail(parts.clock)
+        self._narrator = Narrator(config)
+
+    def run(self) -> Generator[str, None, Answer]:
+        """Ask whoever is next until one answers; live text comes out as it comes in."""
+        is_answered = False
+        try:
+            while True:
+                step = self._next_step()
+                if step is None:
+                    raise self._all_failed()
+                slot = self._wait_for(step)
+                if slot is None:
+                    continue
+
+                failure = yield from self._attempt(step.turn, slot)
+                if failure is None:
+                    is_answered = True
+                    return self._trail.answer()
+
+                raise_if_final(failure, self._trail)
+                self._line.failed(step.turn, failure)
+                self._line.add(self._replacements())
+        except GeneratorExit:
+            is_answered = self._trail.is_shown  # whoever closes a stream has read enough
+            raise
+        finally:
+            self._parts.statistics.add(self._trail.attempts, is_answered)
+
+    def _next_step(self) -> Optional[Step]:
+        return None if self._question.cancelled.is_set() else self._line.next()
+
+    def _wait_for(self, step: Step) -> Optional[Slot]:
+        """Wait for a step. None if it has become void: others were refused meanwhile."""
+        slot = step.slot
+        try:
+            if step.wait > 0:
+                self._narrator.waiting(step)
+                self._trail.waited += step.wait
+                self._parts.sleep(step.wait)
+        except BaseException:  # Ctrl-C
+            if slot is not None:
+                self._parts.health.drop(slot)
+            raise
+        if slot is None or not self._parts.health.begin(slot):
+            return None
+        return slot
+
+    def _attempt(self, turn: Turn, slot: Slot) -> Generator[str, None, Optional[Failure]]:
+        """One exchange, and what is learned from it: why it gave no answer, None if it did."""
+        self._narrator.asking(slot.candidate)
+        draft = Draft(slot.candidate.model, self._is_live)
+        self._trail.draft = draft
+        clock = self._parts.clock
+        begun = clock()
+        limit = TimeLimit(clock, self._line.deadline_for(turn), slot.candidate.row.idle_timeout)
+        failure: Optional[Failure] = None
+        try:
+            with contextlib.closing(self._pieces(slot.candidate, draft, limit)) as pieces:
+                for piece in pieces:
+                    if self._is_live and piece:
+                        limit.extend(self._question.deadline)  # it cannot be taken back
+                        yield piece
+            failure = draft.failure() or rejection(self._question.accept, draft.text)
+        except Failure as caught:
+            failure = caught
+        except GeneratorExit:
+            self._parts.health.drop(slot, begun if draft.texts else None)
+            raise
+        except BaseException:  # Ctrl-C, or an exception of the caller's `accept`
+            self._parts.health.drop(slot)
+            raise
+
+        self._learn(turn, slot, begun, failure)
+        return failure
+
+    def _pieces(
+        self, candidate: Candidate, draft: Draft, limit: TimeLimit
+    ) -> Generator[str, None, None]:
+        """The text of an answer as it comes."""
+        row, model, _ = candidate
+        body = request_body(self._question.fields, model, row.parameters_for(model))
+        draft.tokens = len(body) // 4 + int(self._question.fields.get("max_tokens") or 0)
+        key = self._parts.roster.key(row)
+        return self._parts.transport.converse(row, key, body, draft, limit)
+
+    def _learn(self, turn: Turn, slot: Slot, begun: float, failure: Optional[Failure]) -> None:
+        """Note and tell how an attempt ended."""
+        draft = self._trail.draft
+        draft.finish_reason = self._parts.shown(draft.finish_reason)
+        if failure is None:
+            self._parts.health.answered(slot, begun, room_in(draft.headers, draft.tokens))
+            self._trail.add(turn, None, begun)
+            self._narrator.answered(slot.candidate, self._trail)
+            return
+
+        failure.reason = self._parts.shown(failure.reason)
+        failure.summary = self._parts.shown(failure.summary)
+        self._parts.health.failed(slot, begun, failure, self._config.backoff)
+        self._trail.add(turn, failure, begun)
+        self._narrator.failed(turn, failure, is_shown=self._trail.is_shown)
+
+    def _replacements(self) -> List[Candidate]:
+        """Models that the provider asked last serves, once all that it was asked for are gone."""
+        question = self._question
+        roster = self._parts.roster
+        name = self._trail.attempts[-1].provider
+        gone = self._trail.gone_models(name)
+        asked = {c.model for c in question.candidates if c.row.name == name}
+        if question.has_chosen_model or not gone or asked - gone:
+            return []
+
+        row = roster.all_rows[name]
+        if name not in self._parts.searched and gone.issuperset(roster.models[name]):
+            # Other threads do not wait for the list: they go on to the next provider.
+            self._parts.searched.add(name)
+            served = self._parts.served_models(row, question.deadline)
+            found = [model for model in served if model not in gone][:MOST_REPLACEMENTS]
+            if found:
+                roster.models[name] = found
+                logger.warning(
+                    "🔎 %s: gone: %s; used instead: %s; to choose, set %s=a,b",
+                    name,
+                    ", ".join(sorted(gone)),
+                    ", ".join(found),
+                    row.variable("MODELS"),
+                )
+
+        candidates = roster.candidates(name, None)
+        new = [candidate for candidate in candidates if candidate.model not in asked]
+        question.candidates.extend(new)
+        return new
+
+    def _all_failed(self) -> AllProvidersFailed:
+        """The error of a question that nobody answered, with what to do."""
+        trail = self._trail
+        candidates = self._question.candidates
+        waits = [self._parts.health.wait_for_server(candidate) for candidate in candidates]
+        retry_after = min([wait for wait in waits if wait > 0], default=None)
+        unasked = [candidate for candidate in candidates if not trail.was_asked(candidate)]
+        lines = [self._headline(unasked)]
+
+        for name, (candidate, failure) in list(trail.failures.items())[:6]:
+            reason = failure.summary or failure.reason
+            lines.append(
+                f"   {name} {candidate.model}: {reason} → {self._advice(candidate, failure)}"
+            )
+        if retry_after is not None:
+            lines.append(f"   The first rate limit ends in {duration_words(retry_after)}.")
+        return AllProvidersFailed("\n".join(lines), trail.attempts, retry_after)
+
+    def _headline(self, unasked: Sequence[Candidate]) -> str:
+        """In one line, what was asked and what was not."""
+        question = self._question
+        roster = self._parts.roster
+        asked = [c for c in question.candidates if c not in unasked]
+        chosen = {candidate.row.name for candidate in question.candidates}
+        usable = [row for row in roster.rows() if not roster.key_problem(row)]
+        others = [row.name for row in usable if row.name not in chosen]
+        if not unasked and not others:
+            return "All providers and models failed"
+
+        what = "No answer"
+        if self._parts.clock() >= question.deadline - 0.01:
+            what = "No answer within the time limit"
+        parts = [f"{what}; asked: {models_by_provider(asked) or 'nobody'}"]
+        if unasked:
+            parts.append(f"not asked: {models_by_provider(unasked)}")
+        if others:
+            parts.append(f"not chosen: {', '.join(others)}")
+        return "; ".join(parts)
+
+    def _advice(self, candidate: Candidate, failure: Failure) -> str:
+        """What to do about a failure."""
+        row = candidate.row
+        advice = failure.advice or failure.rule.advice
+        near = self._parts.roster.nearest_model(candidate.model)
+        if failure.verdict is Verdict.GONE and near:
+            advice = f"did you mean {near}? --list-models shows all"
+        words = {
+            "{key}": row.key_env or "the key",
+            "{models}": row.variable("MODELS"),
+            "{base_url}": row.variable("BASE_URL"),
+            "{url}": row.key_url,
+        }
+        for mark, word in words.items():
+            advice = advice.replace(mark, word)
+        return self._parts.shown(advice)
 
 
 class FallbackLLM:
-    """Asks candidates until one answers; threads may share it, it pickles. providers: rows as in
-    `PROVIDERS`. api_keys: by provider; they win over the environment and .env files. timeout: of a
-    whole question. silence: of all rows. clock, wall_clock, sleep, chance, session: for tests.
-    ValueError, but not for a missing key. fallback_order, api_keys, models: may be changed."""
+    """Asks language models, one after the other, until one of them answers.
+
+        llm = FallbackLLM()
+        print(llm.ask("What is the capital of France?"))
+
+    Threads may share an object. It works as a context manager, it can be pickled, and
+    `fallback_order`, `api_keys` and `models` may be changed at any time. `retry_config` says how
+    often a model is asked.
+    """
 
     def __init__(
-        self, retry_config: RetryConfig | None = None, *, providers: Iterable[Provider] = PROVIDERS,
-        api_keys: Mapping[str, str | None] | None = None, timeout: float | None = None,
-        silence: float | None = None, clock: Clock = time.monotonic, wall_clock: Clock = time.time,
-        sleep: Callable[[float], object] = time.sleep, chance: Clock | None = None,
-        session: Any = None,  # a requests.Session
-    ) -> None:  # fmt: skip
-        providers, api_keys = tuple(providers), dict(api_keys or {})
-        self._given = {k: v for k, v in locals().items() if k not in ("self", "session")}
-        import requests  # not with the module: it takes as long as some questions
+        self,
+        retry_config: Optional[RetryConfig] = None,
+        *,
+        providers: Optional[Iterable[Provider]] = None,
+        api_keys: Optional[Mapping[str, Optional[str]]] = None,
+        timeout: Optional[float] = None,
+        idle_timeout: Optional[float] = None,
+        clock: Clock = time.monotonic,
+        wall_clock: Clock = time.time,
+        sleep: Callable[[float], object] = time.sleep,
+        chance: Clock = random.random,
+        session: object = None,
+    ) -> None:
+        """Make a client. A missing key is no error here.
+
+        providers: rows as in PROVIDERS, which is the default. api_keys: by provider; they win
+        over the environment and .env files. timeout: seconds for a whole question. idle_timeout:
+        seconds without progress that end an attempt, for all rows. The others replace time,
+        sleep, chance and the requests.Session in tests. Raises ValueError.
+        """
+        if retry_config is not None and not isinstance(retry_config, RetryConfig):
+            raise ValueError(f"retry_config must be a RetryConfig, not {retry_config!r:.60}")
+        if api_keys is not None and not isinstance(api_keys, Mapping):
+            raise ValueError(f"api_keys must be a dict, not {type(api_keys).__name__}")
+        for name, value in (("timeout", timeout), ("idle_timeout", idle_timeout)):
+            if value is not None:
+                check_number(name, value)
 
         self.retry_config = RetryConfig() if retry_config is None else retry_config
-        self.timeout = math.inf if timeout is None else checked("timeout", timeout)
-        self._clock, self._wall_clock, self._sleep = clock, wall_clock, sleep
-        self._chance = chance or (lambda: int.from_bytes(os.urandom(4), "big") / 2**32)
-        self._rows, self.models, self.api_keys = {}, {}, {}  # type: Any, dict[str, list[str]], Any
-        found = settings_of(providers)
-        for row in providers:
-            quiet = row.silence if silence is None else silence
-            self._rows[row.name] = dataclasses.replace(row, base_url=base_url(row), silence=quiet)
-            listed = re.split(r"\s*,\s*", found[row.variable("MODELS")])
-            self.models[row.name] = [*filter(None, listed)] or [*row.models]
-            self.api_keys[row.name] = found[row.key_env or ""] or None
-        self._dummies = {n: None for n, k in self.api_keys.items() if k and is_dummy(k)}
-        self.api_keys.update(self._dummies)
-        self.api_keys.update((self.rows(name)[0].name, key) for name, key in api_keys.items())
-        self.fallback_order, self._stats = list(self._rows), [0] * 5
-        self._marks: dict[tuple[str, str], Mark] = {}  # the model "" is all of a provider's
-        self._seen: dict[str, ProviderHealth] = {}  # the facts; the status is derived
-        self._lock, self._discovery = threading.Lock(), threading.Lock()
-        self._discovered, self._templates = set(), {}  # type: set[str], dict[Any, Any]
-        self._requests, self._session = requests, session or requests.Session()  # type: Any, Any
-        for adapter in self._session.adapters.values() if session is None else ():
-            adapter.init_poolmanager(POOL_WIDTH, POOL_WIDTH)  # type: ignore[union-attr]
+        rows = PROVIDERS if providers is None else tuple(providers)
+        self._settings: Dict[str, Any] = {
+            "providers": rows,
+            "timeout": timeout,
+            "idle_timeout": idle_timeout,
+            "clock": clock,
+            "wall_clock": wall_clock,
+            "sleep": sleep,
+            "chance": chance,
+        }
+        self._timeout = math.inf if timeout is None else timeout
+        self._parts = Parts(
+            roster=Roster(rows, api_keys or {}, idle_timeout),
+            health=Health(clock, wall_clock),
+            transport=Transport(clock, wall_clock, session),
+            clock=clock,
+            sleep=sleep,
+            chance=chance,
+        )
+        renew_after_fork(self._parts)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # of the keys, only those that the constructor got
-        state = {n: vars(self)[n] for n in ("retry_config", "fallback_order", "models")}
-        return functools.partial(type(self), **self._given), (), state
+    def __repr__(self) -> str:
+        parts = [f"{name}: {', '.join(self.models[name])}" for name in self.fallback_order]
+        return f"<FallbackLLM {'; '.join(parts)}>"
 
-    def ask(self, question: str, max_tokens: int = 500, provider: Any = None, **more: Any) -> str:
-        """The text of the answer; "" if all failed or it was refused. The rest as in `complete`."""
+    def __enter__(self) -> FallbackLLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        """For pickle and copy: the settings, and the keys that were given."""
+        arguments = {**self._settings, "api_keys": self._parts.roster.given_keys()}
+        make = functools.partial(type(self), self.retry_config, **arguments)
+        return make, (), {"fallback_order": self.fallback_order, "models": self.models}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.fallback_order = list(state["fallback_order"])
+        self.models.update(state["models"])
+
+    def close(self) -> None:
+        """Close the connections that are kept alive."""
+        self._parts.transport.close()
+
+    @property
+    def fallback_order(self) -> List[str]:
+        """The names of the providers, in the order in which they are asked."""
+        return self._parts.roster.fallback_order
+
+    @fallback_order.setter
+    def fallback_order(self, names: List[str]) -> None:
+        self._parts.roster.fallback_order = names
+
+    @property
+    def api_keys(self) -> Dict[str, Optional[str]]:
+        """The key of each provider, None where it is not set."""
+        return self._parts.roster.api_keys
+
+    @api_keys.setter
+    def api_keys(self, keys: Dict[str, Optional[str]]) -> None:
+        self._parts.roster.api_keys = keys
+
+    @property
+    def models(self) -> Dict[str, List[str]]:
+        """The models of each provider, in the order in which they are asked."""
+        return self._parts.roster.models
+
+    @models.setter
+    def models(self, models: Dict[str, List[str]]) -> None:
+        self._parts.roster.models = models
+
+    @property
+    def provider_health(self) -> Dict[str, ProviderHealth]:
+        """What is known of each provider now."""
+        health = {}
+        for name, row in self._parts.roster.all_rows.items():
+            has_key = not self._parts.roster.key_problem(row)
+            health[name] = self._parts.health.of_provider(name, has_key)
+        return health
+
+    def ask(
+        self,
+        question: Optional[str] = None,
+        max_tokens: int = 500,
+        provider: Names = None,
+        *,
+        model: Optional[str] = None,
+        system: Optional[str] = None,
+        messages: Optional[Sequence[Json]] = None,
+        timeout: Optional[float] = None,
+        accept: Optional[Accept] = None,
+        **parameters: Any,
+    ) -> str:
+        """The text of the answer; "" if all models failed or the question was refused.
+
+        Why it failed is logged as an error. Arguments and other errors are those of `complete`.
+        """
+        checked = self._question(
+            question,
+            max_tokens,
+            provider,
+            model=model,
+            system=system,
+            messages=messages,
+            timeout=timeout,
+            accept=accept,
+            **parameters,
+        )
         try:
-            return self.complete(question, max_tokens, provider, **more).text
+            return self._complete(checked).text
         except (AllProvidersFailed, AnswerRefused) as error:
             logger.error("❌ %s", error)
             return ""
 
     def complete(
-        self, question: str | None = None, max_tokens: int = 500, provider: Any = None, **more: Any
+        self,
+        question: Optional[str] = None,
+        max_tokens: int = 500,
+        provider: Names = None,
+        *,
+        model: Optional[str] = None,
+        system: Optional[str] = None,
+        messages: Optional[Sequence[Json]] = None,
+        timeout: Optional[float] = None,
+        accept: Optional[Accept] = None,
+        **parameters: Any,
     ) -> Answer:
-        """The answer and how it came about. provider: a name or several ("groq,openrouter" or a
-        list), asked in this order. more: model ("[provider:]model"), system, messages (a
-        conversation, continued by the question), timeout (seconds), any parameter of the API.
-        ValueError, NoProviderError (nothing was sent), AllProvidersFailed, AnswerRefused."""
-        walk = self._walk(self.checked_question(question, max_tokens, provider, **more), live=False)
+        """The answer and how it came about.
+
+        provider: a name or several ("groq,openrouter" or a list), asked in this order. model: the
+        only model to ask, also as "provider:model". system: the system prompt. messages: a
+        conversation, which the question continues. timeout: seconds for the whole question.
+        accept: a function of the text; if it returns something false or raises ValueError, the
+        next model is asked. parameters: any others of the chat completions API, such as
+        temperature. Raises ValueError and NoProviderError (nothing was sent), AllProvidersFailed
+        and AnswerRefused.
+        """
+        checked = self._question(
+            question,
+            max_tokens,
+            provider,
+            model=model,
+            system=system,
+            messages=messages,
+            timeout=timeout,
+            accept=accept,
+            **parameters,
+        )
+        return self._complete(checked)
+
+    def stream(
+        self,
+        question: Optional[str] = None,
+        max_tokens: int = 500,
+        provider: Names = None,
+        *,
+        model: Optional[str] = None,
+        system: Optional[str] = None,
+        messages: Optional[Sequence[Json]] = None,
+        timeout: Optional[float] = None,
+        **parameters: Any,
+    ) -> Generator[str, None, Answer]:
+        """The text, piece by piece as it comes; the generator returns the Answer.
+
+        Arguments and errors are those of `complete`. What was given out cannot be taken back: a
+        break after the first piece raises StreamInterrupted, and there is no `accept`.
+        """
+        if "accept" in parameters:
+            raise ValueError("accept is not for stream(): its text cannot be taken back")
+        checked = self._question(
+            question,
+            max_tokens,
+            provider,
+            model=model,
+            system=system,
+            messages=messages,
+            timeout=timeout,
+            **parameters,
+        )
+        return Walk(checked, True, self._parts, self.retry_config).run()
+
+    def ask_many(
+        self,
+        questions: Iterable[Union[str, Json]],
+        max_workers: int = 8,
+        max_tokens: int = 500,
+        provider: Names = None,
+        *,
+        model: Optional[str] = None,
+        system: Optional[str] = None,
+        messages: Optional[Sequence[Json]] = None,
+        timeout: Optional[float] = None,
+        accept: Optional[Accept] = None,
+        **parameters: Any,
+    ) -> Iterator[Union[Answer, FallbackLLMError, ValueError]]:
+        """For each question its Answer, or its error in the same place; lazily, in their order.
+
+        questions: texts, or dicts of arguments of `complete`, which win over those given here.
+        """
+        check_number("max_workers", max_workers)
+        common = dict(
+            parameters,
+            max_tokens=max_tokens,
+            provider=provider,
+            model=model,
+            system=system,
+            messages=messages,
+            timeout=timeout,
+            accept=accept,
+        )
+        with contextlib.suppress(NoProviderError):
+            self._question(**{**common, "question": "is all else right?"})
+        return self._answers(questions, max_workers, common)
+
+    def get_stats(self) -> Dict[str, int]:
+        """Counts since the last reset. A request is a question; a 429 reply is rate-limited."""
+        return self._parts.statistics.totals()
+
+    def reset_stats(self) -> None:
+        """Set all counts to zero."""
+        self._parts.statistics.reset()
+
+    def _question(
+        self,
+        question: Optional[str] = None,
+        max_tokens: int = 500,
+        provider: Names = None,
+        *,
+        model: Optional[str] = None,
+        system: Optional[str] = None,
+        messages: Optional[Sequence[Json]] = None,
+        timeout: Optional[float] = None,
+        accept: Optional[Accept] = None,
+        **parameters: Any,
+    ) -> Question:
+        """The question, checked. Raises ValueError, and NoProviderError."""
+        check_parameter_names(parameters)
+        if accept is not None and not callable(accept):
+            raise ValueError(f"accept must be a function of the text, not {accept!r:.60}")
+        fields = {name: value for name, value in parameters.items() if value is not None}
+        if "max_completion_tokens" not in fields:
+            check_number("max_tokens", max_tokens)
+            fields["max_tokens"] = max_tokens
+        if "temperature" in fields:
+            check_number("temperature", fields["temperature"])
+        limit = self._timeout
+        if timeout is not None:
+            check_number("timeout", timeout)
+            limit = timeout
+
+        fields["messages"] = conversation(question, system, messages)
+        fields["stream"] = True
+        # Other servers than the three send the usage of a stream only when they are asked to.
+        fields.setdefault("stream_options", {"include_usage": True})
+        candidates = self._parts.roster.candidates(provider, model)
+        if parameters or messages:
+            request_body(fields, "", {})  # ValueError for what JSON cannot carry
+        return Question(
+            fields,
+            candidates,
+            deadline=self._parts.clock() + limit,
+            accept=accept,
+            has_chosen_model=model is not None,
+            is_restricted=provider is not None or model is not None,
+        )
+
+    def _answers(
+        self, questions: Iterable[Union[str, Json]], max_workers: int, common: Json
+    ) -> Iterator[Union[Answer, FallbackLLMError, ValueError]]:
+        cancelled = threading.Event()
+
+        def answer(asked: Union[str, Json]) -> Union[Answer, FallbackLLMError, ValueError]:
+            arguments = asked if isinstance(asked, dict) else {"question": asked}
+            return self._result({**common, **arguments}, cancelled)
+
+        try:
+            yield from work_through(answer, questions, max_workers, ahead=4)
+        finally:
+            cancelled.set()  # those that are under way do not go on
+
+    def _result(
+        self, arguments: Json, cancelled: threading.Event
+    ) -> Union[Answer, FallbackLLMError, ValueError]:
+        """The answer to a question with these arguments, or its error."""
+        try:
+            question = self._question(**arguments)
+            question.cancelled = cancelled
+            return self._complete(question)
+        except (FallbackLLMError, ValueError) as error:
+            return error
+        except TypeError as error:  # an argument's name is no text
+            return ValueError(str(error))
+
+    def _complete(self, question: Question) -> Answer:
+        """The answer to a checked question."""
+        walk = Walk(question, False, self._parts, self.retry_config).run()
         try:
             while True:
                 next(walk)
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-
-    def stream(
-        self, question: str | None = None, max_tokens: int = 500, provider: Any = None, **more: Any
-    ) -> Generator[str, None, Answer]:
-        """The text, piece by piece as it comes. Arguments and errors as in `complete`; a break
-        after the first piece is StreamInterrupted. Closing the iterator closes the connection."""
-        return self._walk(self.checked_question(question, max_tokens, provider, **more), live=True)
-
-    def ask_many(
-        self, questions: Iterable[Any], max_workers: int = 8, **more: Any
-    ) -> Iterator[Any]:
-        """For each question, a string or a dict of `complete`'s arguments, an Answer or the error
-        in its place; in their order, lazily. more: for all of them. ValueError as in `complete`."""
-        dicts = (asked if isinstance(asked, dict) else {"question": asked} for asked in questions)
-        return pooled(self.result, ({**more, **asked} for asked in dicts), max_workers)
-
-    def result(self, arguments: Json) -> Answer | FallbackLLMError:  # `complete`, not raising
-        try:
-            return self.complete(**arguments)
-        except FallbackLLMError as error:
-            return error
-
-    def _walk(self, question: Question, live: bool) -> Generator[str, None, Answer]:
-        """Asks whoever is next until one answers; text comes out as it comes in, if live."""
-        started, answered, line, config = self._clock(), False, question.line, self.retry_config
-        deadline, trail, slept = started + question.timeout, [], 0.0  # type: float, Any, float
-        try:
-            while True:
-                turn, wait = self._next(line, deadline)
-                if turn is None:
-                    raise self._all_failed(question.line, trail)
-                ready_at, slept = self._ready_at(turn), slept + wait
-                if wait:
-                    logger.info("⏳ Waiting %.2fs before retry...", wait)
-                    self._sleep(wait)
-                if self._ready_at(turn) > ready_at:  # another thread was told so meanwhile
-                    continue
-                begun, answered = self._clock(), live  # whoever closes a stream has read enough
-                reply = Reply(self._clock, turn.row.silence, deadline, self._wall_clock())
-                failure = yield from self._try(turn, reply, trail, question.fields, live)
-                self._record(turn, failure, begun)
-                who, text, answered = (turn.row.name, turn.model), "".join(reply.text), not failure
-                verdict, reason = (failure.verdict, failure.reason) if failure else (None, "")
-                facts = (*who, turn.attempts + 1, reply.status or None, verdict, reason, slept)
-                trail.append(Attempt(*facts, self._clock() - begun))
-                if failure is None:
-                    finish, took = self._shown(reply.finish_reason) or None, self._clock() - started
-                    return Answer(text, *who, finish, reply.usage, tuple(trail), took)
-                ours = {"provider": who[0], "model": who[1], "attempts": tuple(trail)}
-                if live and text:
-                    broke = f"{' '.join(who)} broke off: {reason}"
-                    raise StreamInterrupted(broke, partial=text, **ours)
-                if verdict is Verdict.REFUSED:
-                    text = f"{who[0]} refused the question: {reason}"
-                    raise AnswerRefused(text, reason=reason, **ours)
-                line = line_after(line, turn, failure, config, self._clock(), self._chance())
-                line, slept = line + self._served_instead(question, trail, deadline), 0.0
-        finally:
-            switches = sum(a.provider != b.provider for a, b in zip(trail, trail[1:]))
-            counts = (1, answered, not answered, sum(a.status == 429 for a in trail), switches)
-            with self._lock:
-                self._stats = list(map(sum, zip(self._stats, counts)))
-
-    def _try(self, turn: Turn, reply: Reply, trail: Any, fields: Json, live: bool) -> Any:
-        """One exchange, and the documented lines of it: why it is no answer; None: it is one."""
-        row, last = turn.row, (trail[-1].provider, trail[-1].model) if trail else ("", "")
-        names = (row.name, turn.model)
-        if trail and last != names:
-            logger.info("🔄 %s %s failed, trying next model...", *last)
-        if last[0] != row.name:
-            logger.info("🔄 Trying provider: %s", row.name)
-        if last != names:
-            logger.info("🎯 Trying %s model %s: %s", row.name, turn.label, turn.model)
-        try:
-            chunks = self._exchange(row, "/chat/completions", request_body(fields, turn), reply)
-            yield from (text for text in reply.read(chunks) if live and text)
-            failure = reply.failure(live)
-        except Failure as caught:
-            failure = caught
-        if failure is None:
-            logger.info("✅ Success with %s %s on attempt %d", *names, turn.attempts + 1)
-            return None
-        failure.reason = self._shown(failure.reason)
-        logger.warning("❌ Error in %s API request: %s", row.name, failure.reason)
-        if failure.verdict is Verdict.DENIED and row.key_env:
-            logger.warning("🔑 Check %s and the account: %s", row.key_env, row.key_url)
-        if failure.verdict.again and turn.attempts + 1 >= self.retry_config.max_attempts:
-            logger.info("🔄 %s %s exhausted all %d retry attempts", *names, turn.attempts + 1)
-        return failure
-
-    def _all_failed(self, line: list[Turn], trail: list[Attempt]) -> AllProvidersFailed:  # and why
-        text, now = "All providers and models failed", self._clock()
-        pause = min((at - now for at in map(self._ready_at, line) if at > now), default=None)
-        for last in {attempt.provider: attempt for attempt in trail if attempt.verdict}.values():
-            row = self._rows[last.provider]
-            names = {"key": row.key_env or "it", "models": row.variable("MODELS")}
-            advice = getattr(last.verdict, "advice", "").format(url=row.key_url, **names)
-            advice = "raise the timeout" if "time limit" in last.reason else advice
-            text += f"\n   {row.name} {last.model}: {last.reason} → {advice}"
-        text += f"\n   the first limit ends in {math.ceil(pause)} s" if pause else ""
-        return AllProvidersFailed(text, attempts=tuple(trail), retry_after=pause)
-
-    def _served_instead(self, question: Any, trail: list[Attempt], deadline: float) -> list[Turn]:
-        """Turns for models that the provider serves, once all that were in the line are gone."""
-        name = trail[-1].provider
-        listed = {t.model for t in question.line if t.row.name == name}
-        gone = {a.model for a in trail if a.provider == name and a.verdict is Verdict.GONE}
-        if question.is_chosen or listed - gone:
-            return []
-        with self._discovery:  # whoever comes meanwhile waits for what is found
-            is_first = name not in self._discovered and gone.issuperset(self.models[name])
-            self._discovered.update([name] * is_first)
-            found = self.served(self._rows[name], deadline) if is_first else []
-            found = [model for model in found if model not in gone][:5]
-            if found:
-                told = "🔎 %s: gone: %s; used instead: %s; to choose, set %s=a,b"
-                setting, self.models[name] = self._rows[name].variable("MODELS"), found
-                logger.warning(told, name, ", ".join(sorted(gone)), ", ".join(found), setting)
-        new = [turn for turn in self._line(name, None) if turn.model not in listed]
-        question.line.extend(new)
-        return new
-
-    def served(self, row: Provider, deadline: float = math.inf) -> list[str]:
-        """The models in the provider's own list that answer text with text, by what each entry says
-        (fields of Groq 2026-09, OpenRouter 2026-10) or else by its name; none if it has no list."""
-        models, listed = [], None  # type: list[str], Any
-        with contextlib.suppress(Failure):
-            listed = self._get(row, "/models", deadline).get("data")
-        for entry in listed if isinstance(listed, list) else ():
-            name, prices, kinds = dig(entry, "id"), dig(entry, "pricing"), "output_modalities"
-            writes = dig(entry, kinds) or dig(entry, "architecture", kinds)
-            size = number(dig(entry, "context_window") or dig(entry, "context_length"))
-            is_free = isinstance(prices, dict) and set(map(number, prices.values())) == {0.0}
-            is_chat = writes in (None, ["text"]) and not size <= 4096
-            is_on = dig(entry, "active") is not False and (is_free or not row.free_only)
-            if is_chat and is_on and isinstance(name, str) and re.fullmatch(CHAT, name, re.I):
-                models += [name] * (self._shown(name) == name)
-        return models
-
-    def check(self, row: Provider) -> Json:
-        """Whether the key is accepted and which listed models are served; costs no tokens."""
-        started, key, reason, found = self._clock(), "accepted", "", ""
-        try:
-            for path in dict.fromkeys((row.key_path, "/models")):
-                found = json.dumps(self._get(row, path))
-        except Failure as failure:
-            refused = "missing" if self.key_problem(row) else "refused"
-            key = refused if failure.verdict is Verdict.DENIED else "not checked"
-            reason = self._shown(failure.reason)
-        report = {"provider": row.name, "key": key, "seconds": round(self._clock() - started, 3)}
-        listed = [] if reason else self.models[row.name]
-        served = [model for model in listed if f'"id": {json.dumps(model)}' in found]
-        gone = [model for model in listed if model not in served]
-        return {**report, "served": served, "not_served": gone, "reason": reason}
-
-    def _get(self, row: Provider, path: str, deadline: float = math.inf) -> Json:  # or a Failure
-        if self.key_problem(row):
-            raise Failure(Verdict.DENIED, self.key_problem(row))
-        until = min(deadline, self._clock() + 2 * CONNECT_TIMEOUT)
-        reply = Reply(self._clock, row.silence, until, self._wall_clock())
-        body = parsed(b"".join(self._exchange(row, path, None, reply)))
-        if reply.status != 200 or not isinstance(body, dict):
-            raise judge(reply.status, reply.headers, body, reply.epoch)
-        return body
-
-    def _exchange(self, row: Provider, path: str, body: Any, reply: Reply) -> Iterator[bytes]:
-        """Posts the body (None: a GET), yields what comes, noted in the reply. Raises a Failure."""
-        import zlib
-        from http.client import HTTPException
-
-        HTTPError = self._requests.exceptions.BaseHTTPError  # urllib3's
-        try:
-            with contextlib.closing(self._send(row, path, body, reply)) as response:
-                reply.status = response.status_code
-                reply.headers = {name.lower(): text for name, text in response.headers.items()}
-                if not 200 <= reply.status < 300:
-                    reply.heard(is_over=True)
-                packed = re.search("(?i)gzip|deflate", reply.headers.get("content-encoding", ""))
-                unpack = zlib.decompressobj(47) if packed else None  # 47: either
-                yield from chunks_of(response.raw, reply, unpack)
-        except (OSError, ValueError, HTTPException, HTTPError, zlib.error) as error:
-            if not reply.is_over:
-                reason = re.sub(r"<\S+ object at 0x\w+>:? ?", "", str(error)) or repr(error)
-                wide = not reply.status or reason.endswith("timed out")
-                raise reply.broken(reason, wide) from None
-
-    def _send(self, row: Provider, path: str, body: Any, reply: Reply) -> Any:
-        """The response, unread. session.send() would obey netrc, keep cookies, read redirects."""
-        url, key = row.base_url + path, clean(self.api_keys.get(row.name))
-        if (url, key, body is None) not in self._templates:
-            headers = {"Authorization": "Bearer " + key} if key else {}
-            headers["User-Agent"] = f"fallback_llm/{__version__}"  # libraries' get a 403 (2026-09)
-            headers.update({"Accept-Encoding": "identity", "Content-Type": "application/json"})
-            headers["Accept"] = "text/event-stream, application/json"
-            made = self._requests.Request("GET" if body is None else "POST", url, headers).prepare()
-            env = self._session.merge_environment_settings(url, {}, True, None, None)
-            self._templates[url, key, body is None] = made, env  # its proxies and certificates
-        template, settings = self._templates[url, key, body is None]
-        request, left = template.copy(), reply.left()
-        request.prepare_body(body, None)
-        timeout = (min(CONNECT_TIMEOUT, left), left)
-        return self._session.get_adapter(url).send(request, timeout=timeout, **settings)
-
-    def get_stats(self) -> dict[str, int]:
-        """Counts since the last reset. A request is a question; 429 replies are rate-limited."""
-        names = "total_requests successful_requests failed_requests rate_limited_requests"
-        return dict(zip([*names.split(), "provider_switches"], self._stats))
-
-    def reset_stats(self) -> None:
-        with self._lock:  # or a question that ends just now would bring the old ones back
-            self._stats = [0] * 5
-
-    def _marks_of(self, turn: Turn) -> list[Mark]:
-        keys = ((turn.row.name, ""), (turn.row.name, turn.model))
-        return [mark for mark in map(self._marks.get, keys) if mark]
-
-    def _ready_at(self, turn: Turn) -> Any:
-        return max([turn.ready_at, *(mark.ready_at for mark in self._marks_of(turn))])
-
-    def _next(self, line: list[Turn], deadline: float) -> tuple[Turn | None, float]:
-        """Who is asked next (last: who failed lately, or is tried), and the wait; with a lease."""
-        with self._lock:
-            now, ranked = self._clock(), []  # type: float, list[Any]
-            for turn in line:
-                untils = [max(m.later_until, m.probed_until) for m in self._marks_of(turn)]
-                is_later = now < max(untils, default=now) and not turn.attempts
-                wait = max(0.0, round(self._ready_at(turn) - now, 6))  # less is rounding
-                ranked.append(((turn.place, is_later), (turn, wait)))
-            waits = [pair for _, pair in sorted(ranked, key=lambda each: each[0])]
-            chosen, wait = next_turn(waits, min(self.retry_config.max_delay, deadline - now))
-            if chosen is None or now + wait >= deadline:
-                return None, 0.0
-            for mark in self._marks_of(chosen):
-                mark.probed_until = now + wait + chosen.row.silence + CONNECT_TIMEOUT
-            return chosen, wait
-
-    def _record(self, turn: Turn, failure: Failure | None, begun: float) -> None:
-        with self._lock:
-            now, name, marks = self._clock(), turn.row.name, self._marks_of(turn)
-            seen = self._seen.setdefault(name, ProviderHealth())
-            for mark in marks:
-                mark.probed_until = now
-            if failure is None:
-                seen.last_success, seen.consecutive_failures = self._wall_clock(), 0
-                old = [mark for mark in marks if mark.failed_at <= begun]
-                self._marks = {key: m for key, m in self._marks.items() if m not in old}
-            elif failure.verdict.asked_last is not None and not failure.blameless:
-                mark = self._marks.setdefault((name, "" if failure.wide else turn.model), Mark())
-                counts, seen.last_failure = begun >= mark.failed_at, self._wall_clock()
-                mark.failures += counts  # those that were under way together are one
-                seen.consecutive_failures += counts
-                pause = failure.verdict.asked_last or backoff(self.retry_config, mark.failures)
-                mark.verdict, mark.failed_at, mark.later_until = failure.verdict, now, now + pause
-                mark.ready_at = max(mark.ready_at, now + (failure.hint or 0.0))
-
-    @property
-    def provider_health(self) -> dict[str, ProviderHealth]:
-        """What is known of each provider now, by its latest failure since its last success."""
-        found, status, now = {}, ProviderStatus, self._clock()
-        for name, row in self._rows.items():
-            with self._lock:
-                found[name] = seen = dataclasses.replace(self._seen.get(name, ProviderHealth()))
-                marks = [mark for (owner, _), mark in self._marks.items() if owner == name]
-            mark = max(marks, key=lambda mark: mark.failed_at, default=Mark())
-            left, failed = max(mark.ready_at, mark.later_until) - now, seen.consecutive_failures > 0
-            if self.key_problem(row) or mark.verdict is Verdict.DENIED:
-                seen.status = status.UNAVAILABLE
-            elif failed and mark.verdict is Verdict.RATE_LIMITED:
-                seen.rate_limit_reset_time = self._wall_clock() + left
-                seen.status = status.RATE_LIMITED if left > 0 else status.HEALTHY
-            elif failed:
-                seen.status = status.FAILED
-        return found
-
-    def checked_question(
-        self, question: Any = None, max_tokens: Any = 500, provider: Any = None, **fields: Any
-    ) -> Question:
-        """The question, checked. ValueError for what cannot be meant; NoProviderError."""
-        require(not {"tools", "stream", "n"} & set(fields), "tools, stream and n are not supported")
-        model, timeout, more = fields.pop("model", None), fields.pop("timeout", None), bool(fields)
-        said = conversation(question, fields.pop("system", None), fields.pop("messages", None))
-        limit = {"max_tokens": max_tokens} if fields.get("max_completion_tokens") is None else {}
-        fields = {name: value for name, value in fields.items() if value is not None}
-        fields.update(limit, messages=said, stream=True)
-        for name in {"max_tokens", "temperature"}.intersection(fields):
-            checked(name, fields[name])
-        timeout = self.timeout if timeout is None else checked("timeout", timeout)
-        line = self._line(provider, model)
-        if more:
-            request_body(fields, line[0])  # ValueError for what JSON cannot carry
-        return Question(fields, line, timeout, model is not None)
-
-    def _line(self, provider: Any, model: Any) -> list[Turn]:  # the candidates, in their order
-        rows, line = self.rows(provider), []
-        is_id = model is None or (isinstance(model, str) and not is_blank(model))
-        require(is_id, f"model must be the id of a model, not {model!r:.60}")
-        prefix, _, rest = (model or "").partition(":")
-        if rest and prefix.strip().lower() in self._rows:
-            is_of = provider is None or self.rows(prefix)[0] in rows
-            require(is_of, f"model {model} is not of provider {provider!r}")
-            rows, model = self.rows(prefix), rest.strip()
-        elif model:
-            rows = [row for row in rows if model in self.models[row.name]] or rows
-        keyed = [row for row in rows if not self.key_problem(row)]
-        if not keyed:
-            text = "No API keys found! Please set environment variables:\n   "
-            text += ", ".join(str(row.key_env) for row in rows)
-            text += "".join(f"\n   {row.name}: {self.key_problem(row)}" for row in rows)
-            one = f"export {rows[-1].key_env}=...   (or put it into .env)"
-            raise NoProviderError(f"{text}\n   one is enough: {one}")
-        for row in keyed:
-            models = [model] if model else self.models[row.name]
-            line += [Turn(row, m, f"{place}/{len(models)}") for place, m in enumerate(models, 1)]
-        require(line, f"models must name one: {', '.join(row.name for row in keyed)} has none")
-        return line
-
-    def rows(self, provider: Any = None) -> list[Provider]:  # None: all; in their order
-        names = self.fallback_order if provider is None else provider
-        text = ",".join(map(str, names)) if isinstance(names, (list, tuple)) else str(names)
-        rows, known = [name.strip().lower() for name in text.split(",")], ", ".join(self._rows)
-        wanted = f"provider must be one or more of {known}, not {provider!r:.60}"
-        require(self._rows.keys() >= set(rows), wanted)
-        return [self._rows[name] for name in dict.fromkeys(rows)]
-
-    def key_problem(self, row: Provider) -> str:  # why it cannot be asked; "" if it can
-        key = clean(self.api_keys.get(row.name))
-        odd = "" if re.fullmatch("[!-~]*", key) else "contains a character that cannot be in a key"
-        none = "holds a placeholder" if row.name in self._dummies else "is not set"
-        problem = odd if key or not row.key_env else none
-        return problem and f"{row.key_env} {problem} → get a key: {row.key_url}"
-
-    def _shown(self, text: str) -> str:
-        return text if text in ("stop", "length") else one_line(text, self.api_keys.values())
-
-    def close(self) -> None:  # closes the connections that are kept alive
-        self._session.close()
+            return cast(Answer, end.value)
 
 
-def pooled(function: Any, arguments: Iterable[Any], workers: int, ahead: int = 4) -> Iterator[Any]:
-    """The results, in the order of the arguments, which are read only as far as needed."""
-    from concurrent.futures import ThreadPoolExecutor
+# --- 9. Command line ----------------------------------------------------------------------------
 
-    pool, futures = ThreadPoolExecutor(checked("workers", workers)), []  # type: Any, list[Any]
-    submitted = (pool.submit(function, argument) for argument in arguments)
-    try:
-        futures.extend(itertools.islice(submitted, ahead * workers))
-        while futures:  # so many are ahead: a slow one does not stop the others
-            yield futures.pop(0).result()
-            futures.extend(itertools.islice(submitted, 1))
-    finally:
-        for future in futures:
-            future.cancel()
-        pool.shutdown(wait=False)
-
-
-# --- 7. Command line ----------------------------------------------------------------------------
-OPTIONS = re.findall(r"^  (?:(-\w), )?(--[\w-]+)(?: ([A-Z]+))?(?:  |$)", HELP, re.MULTILINE)
+# What a terminal would obey: control characters, but not tab and newline.
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+PLAIN_WORDS = (("❌ Error", "Error"), ("❌ ", "Error: "), ("⚠️  ", "Warning: "), ("→", "->"))
+EMOJI = re.compile("[🚀✅❓🤔⏳🔄🎯💡⏱📊🔑🔎✂]\ufe0f? +")
+PUT_SIZE = 4096  # characters; one big write to a pipe may not notice that its reader has gone
+ENDINGS = """\
+keys: one of CEREBRAS_API_KEY, GROQ_API_KEY, OPENROUTER_API_KEY is enough, in the
+environment or in .env: here, beside this file, or in ~/.config/fallback_llm.
+GROQ_MODELS=a,b replaces a model list, GROQ_BASE_URL (not in .env) an address.
+In a shell loop that reads lines, use --no-stdin, or better a --batch.
+exit codes: 0 answered (--check: a provider can answer), 1 no answer, 2 wrong
+usage (nothing sent), 130 interrupted, 141 broken pipe
+https://github.com/example/fallback-llm"""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the program. The exit code; Ctrl-C ends the process by its signal."""
-    for stream in (sys.stdout, sys.stderr):
-        getattr(stream, "reconfigure", dict)(errors="replace")
-    try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        if args.help or args.version:
-            put(HELP if args.help else VERSION)
-            return 0
-        return Program(args).run()
-    except ValueError as error:  # its parameters are flags here
-        names = r"^(provider|model)\b|\b(max|base)_delay\b"
-        say("error: " + re.sub(names, lambda m: "--" + m.group().replace("_", "-"), str(error)))
-        return 2
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills at once
-        say("\nInterrupted.")
-        os.kill(os.getpid(), signal.SIGINT)  # an exit code would not stop a shell's loop
-        return 130
-    except ImportError as error:
-        say(f"missing package: {error.name} - run: pip install requests python-dotenv")
-    except OSError as error:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # what is held is lost
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 141
-        say(f"error: {error.strerror or error}")
-    return 1
+class UsageError(ValueError):
+    """The command line is wrong; nothing was sent."""
 
 
-def parse(argv: list[str]) -> Any:  # the options as the lines of `HELP` have them; ValueError
-    import argparse
-    from difflib import get_close_matches
+class Console:
+    """stdout for the answer, stderr for everything else.
 
-    def refuse(message: str) -> Any:
-        for flag in re.findall(r"unrecognized arguments:.*? (-\S+)", message):
-            near = [f"did you mean {name}? " for name in get_close_matches(flag, flags, 1, 0.5)]
-            message += f" ({''.join(near)}a question that begins with - goes after --)"
-        raise ValueError(message)
+    Nothing breaks over an encoding, or over a stderr that is closed or full.
+    """
 
-    flags = [name for _, name, _ in OPTIONS]
-    parser: Any = argparse.ArgumentParser(usage="", add_help=False, allow_abbrev=False)
-    parser._negative_number_matcher = re.compile(r"-(\d+|\d*\.\d+|inf|nan)$")  # --base-delay -inf
-    parser.error = refuse
-    parser.add_argument("question", nargs="*")
-    for *names, value in OPTIONS:
-        parser.add_argument(*filter(None, names), action="store" if value else "store_true")
-    # the intermixed parse takes flags anywhere, but does not know "--"
-    args = (parser.parse_args if "--" in argv else parser.parse_intermixed_args)(argv)
-    for name, (kind, _, _, allowed) in NUMBERS.items():
-        text, flag = getattr(args, name, None), "--" + name.replace("_", "-")
+    def __init__(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        self.has_terminal = is_terminal(sys.stderr)
+        self._is_plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+        self._is_plain = self._is_plain or not can_encode(sys.stderr, "🔄")
+        self._is_shared = self.has_terminal and is_terminal(sys.stdout)
+        self._has_open_line = False  # the answer's last line has no newline yet
+        self._drawn = 0  # columns of a line on the terminal that is to be replaced
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """Write a message to stderr, if there is one."""
+        if self._has_open_line and self._is_shared:
+            self.put("\n")
+        if self._drawn:
+            text = "\r" + " " * self._drawn + "\r" + text
+            self._drawn = 0
+        if self._is_plain:
+            for sign, words in PLAIN_WORDS:
+                text = text.replace(sign, words)
+            text = EMOJI.sub("", text)
         try:
-            setattr(args, name, None if text is None else checked(name, kind(text)))
+            blank, _, message = text.rpartition("\r")
+            sys.stderr.write(blank + message.translate(CONTROLS) + end)
+            sys.stderr.flush()
+        except (OSError, ValueError, AttributeError):
+            sys.stderr = cast(Any, None)  # it is full, closed or None
+
+    def redraw(self, text: str) -> None:
+        """Replace the last line of the terminal, for as long as the next message."""
+        try:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+        except (OSError, ValueError):
+            width = 79
+        self.say(text[:width], end="\r")
+        self._drawn = len(text[:width])
+
+    def put(self, text: str) -> None:
+        """Write a piece of the answer to stdout."""
+        for start in range(0, len(text), PUT_SIZE):
+            sys.stdout.write(text[start : start + PUT_SIZE])
+            sys.stdout.flush()
+        if text:
+            self._has_open_line = not text.endswith("\n")
+
+    def end_line(self) -> None:
+        """See to it that the answer ends with a newline."""
+        if self._has_open_line:
+            self.put("\n")
+
+    def put_json(self, value: object) -> None:
+        """Write one line of JSON to stdout, with escapes for what it cannot carry."""
+        line = json_line(value)
+        if not can_encode(sys.stdout, line):
+            line = json.dumps(value) + "\n"
+        self.put(line)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, and show on a terminal how long is left."""
+        until = time.monotonic() + seconds
+        if self.has_terminal and not self._is_plain and seconds >= 2:
+            while until - time.monotonic() > 1:
+                self.redraw(f"   {math.ceil(until - time.monotonic())} s left")
+                time.sleep(1)
+            self.redraw("")
+        time.sleep(max(0.0, until - time.monotonic()))
+
+
+def is_terminal(stream: Optional[IO[str]]) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # it is closed
+        return False
+
+
+def can_encode(stream: Optional[IO[str]], text: str) -> bool:
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def json_line(value: object) -> str:
+    """The value as a line of JSON that neither a terminal nor an encoder stumbles over."""
+    line = json.dumps(value, ensure_ascii=False)
+    odd = "[\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    return re.sub(odd, lambda match: f"\\u{ord(match.group()):04x}", line) + "\n"
+
+
+class ConsoleHandler(logging.Handler):
+    """Shows what the module logs."""
+
+    def __init__(self, console: Console, args: argparse.Namespace) -> None:
+        super().__init__()
+        self._console = console
+        self._max_tokens = args.max_tokens
+        is_silent = args.quiet or (args.batch is not None and not args.verbose)
+        self._level = logging.ERROR if is_silent else logging.INFO
+        if args.verbose:
+            self._level = logging.DEBUG
+        self._shows_cuts = args.batch is None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        is_cut = message == ANSWER_CUT and self._shows_cuts
+        if is_cut:
+            message = message.replace("max_tokens", f"--max-tokens {self._max_tokens}")
+        if is_cut or record.levelno >= self._level:
+            self._console.say(message)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """One line per option: "-f, --file PATH". Only Python 3.13 does so by itself."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=25, width=81)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = ", ".join(action.option_strings)
+        return f"{names} {action.metavar}" if action.metavar else names
+
+
+class Parser(argparse.ArgumentParser):
+    def long_flags(self) -> List[str]:
+        return re.findall(r"--[a-z-]+", self.format_help().partition("examples:")[0])
+
+    def exit(self, status: int = 0, message: Optional[str] = None) -> NoReturn:
+        """End after --help or --version; a stdout that is full is noticed here."""
+        sys.stdout.flush()
+        super().exit(status, message)
+
+    def error(self, message: str) -> NoReturn:
+        """Suggest what may have been meant by an unknown flag."""
+        if message.startswith("unrecognized arguments:"):
+            for word in re.findall(r" (-[^\s=]+)", message):
+                near = nearest_flag(word, self.long_flags())
+                if near:
+                    message += f" (did you mean {near}?)"
+            message += " (put -- before a question that starts with -)"
+        raise UsageError(message)
+
+
+def nearest_flag(word: str, flags: Sequence[str]) -> str:
+    """The flag that a misspelt one is like, "" if none is."""
+    beginning = [flag for flag in flags if flag.startswith(word)] if len(word) > 2 else []
+    near = beginning or difflib.get_close_matches(word, flags, 1, 0.75)
+    return near[0] if near else ""
+
+
+def number(name: str) -> Callable[[str], float]:
+    """A function that reads the value of a flag."""
+    rule = NUMBER_RULES[name]
+
+    def read(text: str) -> float:
+        try:
+            value: float = rule.kind(text)
+            check_number(name, value)
         except ValueError:
-            raise ValueError(f"{flag} must be {allowed}, not {text!r}") from None
-    words = " ".join(args.question) or "--file" * bool(args.file)
-    is_free = not words or not (args.check or args.list_models or args.batch)
-    require(is_free, f"--check, --list-models, --batch: not allowed with {words!r:.60}")
-    require(not (args.quiet and args.verbose), "--quiet: not allowed with --verbose")
-    require(args.batch or not (args.output or args.workers), "--output, --workers: need --batch")
+            raise argparse.ArgumentTypeError(f"must be {rule.allowed}, not {text!r}") from None
+        return value
+
+    return read
+
+
+def make_parser(prog: str) -> Parser:
+    """The options, with their help."""
+    run = prog if prog == "fallback-llm" else f"python {prog}"
+    examples = f"""\
+examples:
+  {run} "What is the capital of France?"
+  cat error.log | {run} "explain this" --provider groq --stats
+  {run} --batch questions.txt -o answers.jsonl --workers 16
+"""
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} [options] [--] [question ...]",
+        description="Ask a language model; if it fails, the next one answers.\n"
+        "Only the answer goes to stdout.",
+        epilog=f"{examples}\n{ENDINGS}",
+        formatter_class=HelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("question", nargs="*", help=argparse.SUPPRESS)
+    group = parser.add_argument_group("options (a lone - reads the question from stdin)")
+    add = group.add_argument
+    loudness = group.add_mutually_exclusive_group()
+    add(
+        "-f",
+        "--file",
+        metavar="PATH",
+        action="append",
+        help="prepend a file's contents (repeatable)",
+    )
+    add("-s", "--system", metavar="TEXT", help="system prompt")
+    add("--provider", metavar="NAMES", help="only these, in this order: groq,openrouter")
+    add("-m", "--model", metavar="MODEL", help="only this model, or PROVIDER:MODEL")
+    add(
+        "--max-tokens",
+        metavar="N",
+        type=number("max_tokens"),
+        default=500,
+        help="longest answer, reasoning included (default: 500)",
+    )
+    add(
+        "--temperature",
+        metavar="T",
+        type=number("temperature"),
+        help="from 0 to 2 (default: the model's own)",
+    )
+    add(
+        "--timeout",
+        metavar="SECONDS",
+        type=number("timeout"),
+        help="time limit of the whole question",
+    )
+    add(
+        "--idle-timeout",
+        metavar="SEC",
+        type=number("idle_timeout"),
+        help="seconds of silence after which a model is left",
+    )
+    add(
+        "--max-attempts",
+        metavar="N",
+        type=number("max_attempts"),
+        help="most requests to one model (default: 5)",
+    )
+    add(
+        "--base-delay",
+        metavar="SECONDS",
+        type=number("base_delay"),
+        help="first wait, doubled each time (default: 2.0)",
+    )
+    add(
+        "--max-delay",
+        metavar="SECONDS",
+        type=number("max_delay"),
+        help="longest single wait (default: 60.0)",
+    )
+    add(
+        "--disable-jitter", action="store_true", help="wait exactly so long, not 80 to 100 %% of it"
+    )
+    add("--no-wait", action="store_true", help="on a rate limit, try another model at once")
+    add("--stream", action="store_true", help="print the answer as it is written")
+    add("--json", action="store_true", help="print one JSON object, also on failure")
+    add("--expect-json", action="store_true", help="accept only an answer that is JSON")
+    loudness.add_argument("-q", "--quiet", action="store_true", help="only errors on stderr")
+    loudness.add_argument("-v", "--verbose", action="store_true", help="more on stderr")
+    add("--stats", action="store_true", help="usage statistics on stderr")
+    add("--no-stdin", action="store_true", help="do not read from a pipe")
+    add("--check", action="store_true", help="check keys and models; costs no tokens")
+    add("--list-models", action="store_true", help="print PROVIDER<tab>MODEL")
+    add("--batch", metavar="FILE", help="ask each line: text, or JSON with question, id ...")
+    add("-o", "--output", metavar="FILE", help="answers of a batch; run again to resume")
+    add(
+        "--workers",
+        metavar="N",
+        type=number("workers"),
+        help="concurrent requests of a batch (default: 8)",
+    )
+    add(
+        "-V",
+        "--version",
+        action="version",
+        version=f"fallback_llm {__version__}",
+        help="print the version",
+    )
+    add("-h", "--help", action="help", help="print this help")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options. Raises UsageError."""
+    prog = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if not re.fullmatch(r"[\w.-]*fallback[\w.-]*", prog):
+        prog = "fallback_llm.py"  # python - < fallback_llm.py
+    parser = make_parser(prog)
+    words = joined_values(argv)
+    refuse_single_dashes(words, parser)
+
+    # The intermixed parse takes flags anywhere, but it does not know "--".
+    read = parser.parse_args if "--" in words else parser.parse_intermixed_args
+    args = read(words)
+    args.usage = short_usage(parser)
+    check_combinations(args)
     return args
 
 
-def say(line: str, end: str = "\n") -> None:  # a line on stderr, if there is one
-    try:
-        sys.stderr.write(line.translate(CONTROLS) + end)
-        sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):  # full, closed or None
-        sys.stderr = None
+def check_combinations(args: argparse.Namespace) -> None:
+    """Raise UsageError for options that do not go together."""
+    is_batch = args.batch is not None
+    for name in ("check", "list_models", "batch"):
+        if getattr(args, name) and (args.question or args.file):
+            raise UsageError(f"--{name.replace('_', '-')} takes no question")
+    for flag, value in (("--output", args.output), ("--workers", args.workers)):
+        if value is not None and not is_batch:
+            raise UsageError(f"{flag} needs --batch")
+    if args.stream and args.expect_json:
+        raise UsageError("--expect-json is not allowed with --stream: text cannot be taken back")
+    both_delays = args.base_delay is not None and args.max_delay is not None
+    if both_delays and args.max_delay < args.base_delay:
+        low, high = number_of(args.max_delay), number_of(args.base_delay)
+        raise UsageError(f"--max-delay ({low}) is below --base-delay ({high})")
 
 
-def put(text: str) -> None:  # in pieces: one big write may not notice that the reader has gone
-    for start in range(0, len(text), 4096):
-        print(text[start : start + 4096], end="", flush=True)
+def short_usage(parser: Parser) -> str:
+    """The usage and two examples, for somebody who asked nothing."""
+    examples = (parser.epilog or "").splitlines()[1:3]
+    return "\n".join([parser.format_usage().strip(), *examples])
 
 
-def opened(flag: str, path: str, mode: str) -> Any:  # to write, it must be ours alone
-    try:
-        file = open(0 if path == "-" else path, mode, closefd=path != "-")  # noqa: SIM115
-        if mode != "rb":
-            with contextlib.suppress(ImportError):  # Windows has none
-                import fcntl
+def joined_values(argv: Sequence[str]) -> List[str]:
+    """The arguments, with "--base-delay -inf" as one word: argparse takes -inf for a flag."""
+    words: List[str] = []
+    for word in argv:
+        before = words[-1] if words else ""
+        is_value = re.fullmatch(r"-(inf|nan|infinity)", word, re.IGNORECASE)
+        if is_value and before.startswith("--") and before != "--" and "=" not in before:
+            words[-1] = f"{before}={word}"
+        else:
+            words.append(word)
+    return words
 
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except OSError as error:
-        taken = isinstance(error, BlockingIOError) and "another run is writing to it"
-        raise ValueError(f"{flag} {path}: {taken or error.strerror or error}") from None
+
+def refuse_single_dashes(words: Sequence[str], parser: Parser) -> None:
+    """Refuse -model, which argparse would read as -m odel."""
+    for word in words:
+        if word == "--":
+            return
+        name = word.partition("=")[0]
+        near = ""
+        if re.fullmatch(r"-[a-z][a-z-]{2,}", name):
+            near = nearest_flag("-" + name, parser.long_flags())
+        if near:
+            raise UsageError(f"unknown flag {name} (did you mean {near}?)")
 
 
-def question_of(args: Any) -> str:  # the text of a file, then of a pipe, then the words
-    dash, stdin, parts = args.question[:1] == ["-"], sys.stdin, []
-    is_read = stdin is not None and (dash or not (stdin.isatty() or args.no_stdin))
-    waiting = "waiting for piped input; use --no-stdin (or </dev/null) to skip"
-    timer = threading.Timer(2.0, say, [waiting])  # seconds
-    timer.daemon = True
-    timer.start()
-    for path in dict.fromkeys([args.file] * bool(args.file) + ["-"] * is_read):
-        with opened("--file", path, "rb") as file:
-            data = file.read()
-        utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        parts.append(data.decode("utf-16" if utf16 else "utf-8-sig", "replace").replace("\0", ""))
-    timer.cancel()
-    words, usage = args.question[dash:], "\n".join(re.findall("(?m)^usage.*|^  python .*", HELP))
-    question = "\n\n".join(filter(None, (text.strip("\r\n") for text in [*parts, " ".join(words)])))
-    is_given = words or args.file or args.no_stdin or not is_blank(question)
-    require(is_given, "no question" + (": stdin was empty" if parts else "\n" + usage))
+def make_client(args: argparse.Namespace, console: Console) -> FallbackLLM:
+    """The client that the options describe."""
+    retry: Dict[str, Any] = {}
+    for name in ("max_attempts", "base_delay", "max_delay"):
+        if getattr(args, name) is not None:
+            retry[name] = getattr(args, name)
+    if args.max_delay is not None and args.base_delay is None:
+        retry["base_delay"] = min(RetryConfig.base_delay, args.max_delay)
+    if args.base_delay is not None and args.max_delay is None:
+        retry["max_delay"] = max(RetryConfig.max_delay, args.base_delay)
+    config = RetryConfig(
+        jitter=not args.disable_jitter, wait_on_rate_limit=not args.no_wait, **retry
+    )
+    sleep = time.sleep if args.batch is not None or args.quiet else console.sleep
+    return FallbackLLM(config, timeout=args.timeout, idle_timeout=args.idle_timeout, sleep=sleep)
+
+
+def common_arguments(args: argparse.Namespace) -> Json:
+    """The arguments of `complete` that the options give."""
+    arguments: Json = {"max_tokens": args.max_tokens}
+    for name in ("provider", "model", "system", "temperature"):
+        if getattr(args, name) is not None:
+            arguments[name] = getattr(args, name)
+    return arguments
+
+
+def question_of(args: argparse.Namespace, console: Console) -> str:
+    """The question: the files, then the pipe, then the words. Raises UsageError."""
+    words = [word for word in args.question if word != "-"]
+    parts: List[str] = []
+    paths = args.file or []
+    for path in paths:
+        text = read_question_file(path)
+        parts.append(f"--- {path} ---\n{text}" if len(paths) > 1 else text)
+
+    wants_stdin = "-" in args.question
+    has_pipe = sys.stdin is not None and not is_terminal(sys.stdin) and not args.no_stdin
+    is_read = "-" not in paths and sys.stdin is not None and (wants_stdin or has_pipe)
+    if is_read:
+        parts.append(read_stdin(console))
+
+    parts.append(" ".join(words))
+    question = "\n\n".join(part.strip("\r\n") for part in parts if part.strip("\r\n"))
+    if is_blank(question) and not (args.question or paths):
+        if is_read:
+            raise UsageError("no question given (stdin was empty)")
+        raise UsageError(f"no question given\n{args.usage}")
+    if is_blank(question) and wants_stdin:
+        raise UsageError("no question given (stdin was empty)")
     return question
 
 
-def to_json(result: Any, **said: Any) -> str:  # a line: what was said, and what came of it
-    error = str(result) if isinstance(result, FallbackLLMError) else None
-    said.update(answer=getattr(result, "text", None), error=error)
+def read_question_file(path: str) -> str:
+    """The text of a file, "-" for stdin. Raises UsageError."""
+    with opened("--file", path, "rb") as file:
+        data = file.read()
+    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if path != "-" and b"\0" in data and not is_utf16:
+        raise UsageError(f"--file {path}: this is a binary file, not text")
+    return decoded(data)
+
+
+def read_stdin(console: Console) -> str:
+    """What a pipe brings; somebody who waits for it in vain is told after two seconds."""
+    hint = "waiting for piped input; use --no-stdin (or </dev/null) to skip"
+    timer = threading.Timer(2.0, console.say, [hint])
+    timer.daemon = True
+    timer.start()
+    try:
+        with opened("stdin", "-", "rb") as file:
+            return decoded(file.read())
+    finally:
+        timer.cancel()
+
+
+def decoded(data: bytes) -> str:
+    """Text from bytes in UTF-8, or in UTF-16 with a byte order mark."""
+    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    text = data.decode("utf-16" if is_utf16 else "utf-8-sig", "replace")
+    return text.replace("\0", "")
+
+
+def opened(flag: str, path: str, mode: str) -> IO[bytes]:
+    """The file of a flag, "-" for stdin. Raises UsageError."""
+    try:
+        if path == "-":
+            return open(0, mode, closefd=False)
+        return open(path, mode)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{flag} {path}: {reason}") from None
+
+
+def json_inside(text: str) -> Any:
+    """The JSON value of an answer, less a Markdown fence around it. Raises ValueError."""
+    fence = re.fullmatch(r"\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*", text, re.DOTALL)
+
+    value = json.loads(fence.group(1) if fence else text)
+    json.dumps(value, allow_nan=False)  # NaN and 1e999 are no JSON
+    return value
+
+
+def is_json(text: str) -> bool:
+    """Whether an answer is JSON; for `accept`."""
+    try:
+        json_inside(text)
+    except RecursionError:
+        return False
+    return True
+
+
+def report_of(
+    result: Union[Answer, FallbackLLMError, ValueError], expects_json: bool, **first: Any
+) -> Json:
+    """What --json and a batch tell of a question."""
+    report: Json = dict(first, answer=None, error=None)
+    if isinstance(result, Answer):
+        report["answer"] = json_inside(result.text) if expects_json else result.text
+    else:
+        report["error"] = str(result)
     for name in ("provider", "model", "finish_reason", "usage", "retry_after"):
-        said[name] = getattr(result, name, None) or None
-    said["attempts"] = trail = [dict(vars(attempt)) for attempt in result.attempts]
-    for step in trail:
-        step.update(waited=round(step["waited"], 3), elapsed=round(step["elapsed"], 3))
-    said["elapsed_seconds"] = round(sum(step["waited"] + step["elapsed"] for step in trail), 3)
-    line = json.dumps(said, ensure_ascii=False, default=lambda verdict: verdict.word)
-    odd = "[\x7f-\x9f\u2028\u2029\ud800-\udfff]"  # terminals and encoders stumble over these
-    return re.sub(odd, lambda m: f"\\u{ord(m.group()):04x}", line) + "\n"
+        report[name] = getattr(result, name, None) or None
+
+    trail = [attempt.to_dict() for attempt in getattr(result, "attempts", ())]
+    report["attempts"] = trail
+    elapsed = sum(attempt["waited"] + attempt["elapsed"] for attempt in trail)
+    report["elapsed_seconds"] = round(elapsed, 3)
+    return report
 
 
-class Program:  # one run of the command line
-    def __init__(self, args: Any) -> None:
-        if sys.stdout is None:
-            raise OSError("stdout is closed: there is no place for the answer")
-        silent = args.quiet or (args.batch and not args.verbose)
-        logger.setLevel("CRITICAL" if silent else "DEBUG" if args.verbose else "INFO")
-        logger.addFilter(lambda record: say(record.getMessage()))  # type: ignore # and no handler
-        logger.debug("🚀 Initializing Fallback LLM System...")
-        given = {name: value for name, value in vars(args).items() if value is not None}
-        config = {name: given[name] for name in vars(RetryConfig()) if name in given}
-        retry = RetryConfig(**config, jitter=not args.disable_jitter)
-        self.args, self.llm = args, FallbackLLM(retry, timeout=args.timeout)
-        names = ("provider", "model", "system", "temperature", "max_tokens")
-        self.common = {name: given[name] for name in names if name in given}
-        self.rows = self.llm.rows(args.provider)
-        for problem in filter(None, map(self.llm.key_problem, self.rows)):
-            logger.debug("⚠️  %s", problem)
+def respond(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
+    """Ask one question and print the answer."""
+    question = question_of(args, console)
+    rows = llm._parts.roster.rows(args.provider)
+    for row in rows:
+        if llm._parts.roster.key_problem(row):
+            logger.debug("⚠️  %s", llm._parts.roster.key_problem(row))
+    available = [row.name for row in rows if not llm._parts.roster.key_problem(row)]
+    logger.debug("✅ Available providers: %s", ", ".join(available))
+    logger.debug("❓ Question: %s", question)
+    logger.debug("🤔 Thinking...")
 
-    def run(self) -> int:
-        args, act = self.args, self.respond if self.args.batch is None else self.batch
-        act = self.survey if args.check or args.list_models else act
-        with contextlib.closing(self.llm):
-            try:
-                code = act()
-            except FallbackLLMError as error:  # the first of its lines is the sum of the others
-                code, (first, *lines) = 1, f"❌ {error}".split("\n")
-                lines = [first, *lines] if isinstance(error, NoProviderError) else [*lines, first]
-                say(" ".join(f"❌ {error}".split()) if args.quiet else "\n".join(lines))
-            if args.stats:
-                stats = self.llm.get_stats().items()
-                say("\n📊 Usage Statistics:" + "".join(f"\n   {name}: {n}" for name, n in stats))
-        return code
+    arguments = dict(common_arguments(args), question=question)
+    if args.expect_json:
+        arguments["accept"] = is_json
+    if args.json:
+        return respond_in_json(llm, args, console, arguments)
 
-    def respond(self) -> int:  # asks one question, prints the answer; 0 if there is one
-        question, args = question_of(self.args), self.args
-        names = ", ".join(row.name for row in self.rows if not self.llm.key_problem(row))
-        logger.debug("✅ Available providers: %s\n❓ Question: %s\n🤔 Thinking...", names, question)
-        asked, is_live = {"question": question, **self.common}, args.stream and not args.json
-        result: Any = self.show(self.llm.stream(**asked)) if is_live else self.llm.result(asked)
-        put(to_json(result) if args.json else "")
-        if isinstance(result, FallbackLLMError):
-            raise result
-        self.show(iter([] if is_live or args.json else [result.text]))
-        if result.finish_reason == "length":
-            logger.info("✂️  answer cut at --max-tokens %d", args.max_tokens or 500)
-        logger.info("\n⏱️  Response time: %.2fs", result.elapsed)
-        return 0
+    printer = AnswerPrinter(console)
+    if args.stream:
+        answer = printer.print_stream(llm.stream(**arguments))
+    else:
+        answer = llm.complete(**arguments)
+        text = answer.text
+        if args.expect_json:
+            text = re.sub(r"\A\s*```[a-zA-Z]*\s*\n|\n?\s*```\s*\Z", "", text)
+        printer.feed(text)
+        printer.end()
+    logger.info("\n⏱️  Response time: %.2fs", answer.elapsed)
+    return 0
 
-    def show(self, pieces: Iterator[str]) -> Any:  # less the blank lines around; what it returns
-        held, begun = "", False
+
+def respond_in_json(
+    llm: FallbackLLM, args: argparse.Namespace, console: Console, arguments: Json
+) -> int:
+    """Ask one question and print a JSON object, whatever comes of it."""
+    try:
+        answer = llm.complete(**arguments)
+    except FallbackLLMError as error:
+        console.put_json(report_of(error, args.expect_json))
+        raise
+    console.put_json(report_of(answer, args.expect_json))
+    return 0
+
+
+class AnswerPrinter:
+    """Prints an answer, less the blank lines around it and what a terminal would obey."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._held = ""  # what may turn out to be a blank line at the beginning or at the end
+        self._has_begun = False
+
+    def print_stream(self, pieces: Generator[str, None, Answer]) -> Answer:
+        """Print the pieces as they come."""
         try:
             while True:
-                held += next(pieces).translate(CONTROLS)
-                if not begun and held.strip():
-                    held, begun = re.sub(r"\A\s*\n", "", held), True
-                    logger.info("\n💡 Response:")
-                text = held.rstrip("\n") if begun else ""
-                held = held[len(text) :]
-                put(text)
+                self.feed(next(pieces))
         except StopIteration as end:
-            return end.value
+            return cast(Answer, end.value)
         finally:
-            put("\n" * begun)
+            self.end()
 
-    def survey(self) -> int:  # prints which keys and models work, or all models
-        llm, found, layout = self.llm, [], "{provider}\t{model}\n"  # type: Any, list[Json], str
-        for row in self.rows if self.args.list_models else ():
-            models = llm.served(row) or llm.models[row.name]
-            found += [{"provider": row.name, "model": model} for model in models]
-        if self.args.check:
-            found = [llm.check(row) for row in self.rows]
-            layout = "{provider}: key {key} ({seconds:.2f}s); served: {served}; "
-            layout += "not served: {not_served}; {reason}\n"
-        for one in found if not self.args.json else ():
-            told = {k: ", ".join(v) or "-" if isinstance(v, list) else v for k, v in one.items()}
-            put(layout.format(**told).translate(CONTROLS))
-        put(json.dumps(found) + "\n" if self.args.json else "")
-        return int(self.args.check and not any(report["served"] for report in found))
+    def feed(self, text: str) -> None:
+        self._held += text.translate(CONTROLS)
+        if not self._has_begun:
+            if not self._held.strip():
+                return
+            self._has_begun = True
+            self._held = re.sub(r"\A\s*\n", "", self._held)
+            logger.info("\n💡 Response:")
+        shown = self._held.rstrip("\n")
+        self._held = self._held[len(shown) :]
+        self._console.put(shown)
 
-    def batch(self) -> int:  # asks what has no answer yet; 0 if now all have one
-        self.before: dict[Any, int] = {}  # answered by an earlier run: id -> hash of the question
-        self.counts: dict[str, int] = collections.Counter()  # by provider, and "failed"
-        self.started, self.told, self.stopped = time.monotonic(), 0.0, False
-        self.lock, args, redraws = threading.Lock(), self.args, sys.stderr and sys.stderr.isatty()
-        self.line, self.end, self.pause = ("{:79.79}", "\r", 0.5) if redraws else ("{}", "\n", 10.0)
+    def end(self) -> None:
+        if self._has_begun:
+            self._console.end_line()
+
+
+def check(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
+    """Print which keys and models work; 0 if a provider can answer."""
+    reports = [check_provider(llm, row) for row in llm._parts.roster.rows(args.provider)]
+    if args.json:
+        console.put_json(reports)
+    else:
+        table = [["PROVIDER", "KEY", "SECONDS", "MODELS"]]
+        for report in reports:
+            notes = []
+            if report["served"]:
+                notes.append("served: " + ", ".join(report["served"]))
+            if report["not_served"]:
+                notes.append("not served: " + ", ".join(report["not_served"]))
+            if report["reason"]:
+                notes.append(report["reason"])
+            seconds = f"{report['seconds']:.2f}"
+            table.append([report["provider"], report["key"], seconds, "; ".join(notes)])
+        for line in columns(table):
+            console.put(line.translate(CONTROLS) + "\n")
+    return 0 if any(report["served"] for report in reports) else 1
+
+
+def check_provider(llm: FallbackLLM, row: Provider) -> Json:
+    """Whether the key of a provider is accepted, and which of its listed models are served."""
+    started = time.monotonic()
+    key = llm._parts.roster.key(row)
+    report: Json = {"provider": row.name, "key": "accepted", "seconds": 0.0}
+    report.update(served=[], not_served=[], reason="")
+    problem = llm._parts.roster.key_problem(row)
+    if problem:
+        return {**report, "key": "missing", "reason": problem}
+
+    try:
+        llm._parts.transport.get(row, row.key_path, key, math.inf)
+        listing = llm._parts.transport.get(row, "/models", key, math.inf)
+    except Failure as failure:
+        is_refused = failure.verdict is Verdict.DENIED
+        report["key"] = "refused" if is_refused else "not checked"
+        report["reason"] = llm._parts.shown(failure.summary or failure.reason)
+    else:
+        entries = listing.get("data")
+        served = []
+        if isinstance(entries, list):
+            served = [dig(entry, "id") for entry in entries]
+        for model in llm.models[row.name]:
+            report["served" if model in served else "not_served"].append(model)
+    report["seconds"] = round(time.monotonic() - started, 3)
+    return report
+
+
+def columns(table: Sequence[Sequence[str]]) -> List[str]:
+    """The rows as lines with their columns below each other."""
+    widths = [max(len(row[number]) for row in table) for number in range(len(table[0]) - 1)]
+    lines = []
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
+    return lines
+
+
+def list_models(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
+    """Print the models of each provider: those that are asked, in their order, then the others."""
+    found: List[Json] = []
+    for row in llm._parts.roster.rows(args.provider):
+        served = []
+        if not llm._parts.roster.key_problem(row):
+            served = llm._parts.served_models(row)
+        if not served:
+            console.say(f"{row.name}: its own list is not to be had, these are the ones we ask")
+        asked = llm.models[row.name]
+        models = [model for model in asked if model in served or not served]
+        models.extend(model for model in served if model not in asked)
+        for model in models:
+            found.append({"provider": row.name, "model": model, "asked": model in asked})
+    if args.json:
+        console.put_json(found)
+    else:
+        for entry in found:
+            line = f"{entry['provider']}\t{entry['model']}"
+            console.put(line.translate(CONTROLS) + "\n")
+    return 0
+
+
+def say_statistics(llm: FallbackLLM, console: Console) -> None:
+    lines = ["\n📊 Usage Statistics:"]
+    lines.extend(f"   {name}: {count}" for name, count in llm.get_stats().items())
+    console.say("\n".join(lines))
+
+
+def run_command(args: argparse.Namespace, console: Console) -> int:
+    """Do what the options say; the exit code."""
+    if sys.stdout is None:
+        raise OSError("stdout is closed: there is no place for the answer")
+    logger.debug("🚀 Initializing Fallback LLM System...")
+    with make_client(args, console) as llm:
+        try:
+            if args.check:
+                code = check(llm, args, console)
+            elif args.list_models:
+                code = list_models(llm, args, console)
+            elif args.batch is not None:
+                code = Batch(llm, args, console).run()
+            else:
+                code = respond(llm, args, console)
+        except FallbackLLMError as error:
+            console.say(f"❌ {error}")
+            code = 1
+        if args.stats:
+            say_statistics(llm, console)
+    return code
+
+
+def with_flags(message: str) -> str:
+    """A message about parameters, as one about flags."""
+    pattern = r"^(provider|model|timeout)\b|\b(max|base)_delay\b|\b(max_tokens|idle_timeout)\b"
+    return re.sub(pattern, lambda match: "--" + match.group().replace("_", "-"), message)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the program. Returns the exit code; Ctrl-C ends the process by its signal."""
+    console = Console()
+    handler: Optional[logging.Handler] = None
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        handler = ConsoleHandler(console, args)
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        return run_command(args, console)
+    except ValueError as error:
+        console.say(f"error: {with_flags(str(error))}")
+        return 2
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills at once
+        console.say("\nInterrupted.")
+        os.kill(os.getpid(), signal.SIGINT)  # an exit code would not stop a shell's loop
+        return 130
+    except ImportError as error:
+        console.say(f"missing package: {error.name} - run: pip install requests python-dotenv")
+        return 1
+    except OSError as error:
+        discard_stdout()
+        if isinstance(error, BrokenPipeError):
+            return 141
+        console.say(f"error: {error.strerror or error}")
+        return 1
+    finally:
+        if handler is not None:
+            logger.removeHandler(handler)
+
+
+def discard_stdout() -> None:
+    """Throw away what stdout still holds, or Python would complain at its exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# --- 10. Batch: many questions from a file to a file --------------------------------------------
+
+BATCH_AHEAD = 100  # questions that each worker may be ahead of a slow one
+PROGRESS_PAUSE = 10.0  # seconds between two lines of progress outside a terminal
+REDRAW_PAUSE = 0.5  # seconds between two of a terminal
+COMMON_REASONS = 3  # reasons of failed questions that are told at the end
+
+
+class Line(NamedTuple):
+    """A question of a batch."""
+
+    number: int  # of the line in the file
+    id: Union[str, int]
+    fields: Json  # what the line itself says, without the id
+    digest: str  # identifies all of that
+
+
+class Batch:
+    """Asks the questions of a file that have no answer yet, and writes each answer as it comes.
+
+    A finished output has one line of JSON for each id. A resumed one is first rewritten without
+    its failed and torn lines.
+    """
+
+    def __init__(self, llm: FallbackLLM, args: argparse.Namespace, console: Console) -> None:
+        self._llm = llm
+        self._args = args
+        self._console = console
+        self._common = common_arguments(args)
+        if args.expect_json:
+            self._common["accept"] = is_json
+        self._flags = digest_of(dict(common_arguments(args), expect_json=args.expect_json))
+        self._output: Optional[IO[bytes]] = None
+        self._answered: Dict[Union[str, int], Json] = {}  # by an earlier run, without the texts
+        self._lock = threading.Lock()  # of all that follows
+        self._counts: Dict[str, int] = collections.Counter()  # answers by provider
+        self._reasons: Dict[str, int] = collections.Counter()  # of failed questions
+        self._total = 0
+        self._started = time.monotonic()
+        self._told_at = self._started
+        self._cancelled = threading.Event()
+
+    def run(self) -> int:
+        """Ask them all; 0 if now all have an answer."""
+        path = self._args.batch
         with contextlib.ExitStack() as stack:
-            source = stack.enter_context(opened("--batch", args.batch, "rb"))
-            source = source if source.seekable() else io.BytesIO(source.read())
-            self.write = self.opened_output(stack) if args.output else put
-            self.total = sum(1 for _ in self.questions(source))
-            collections.deque(pooled(self.one, self.questions(source), args.workers or 8, 100), 0)
-        failed, done = self.counts["failed"], sum(self.counts.values())
-        line = f"{done - failed} answered, {failed} failed, {len(self.before)} answered before"
-        say((self.line.format(line) + "\n") * (failed > 0 or not args.quiet), end="")
-        return int(failed > 0)
+            source = stack.enter_context(opened("--batch", path, "rb"))
+            if not source.seekable() or path == "-":
+                # A shell may have read the first lines of stdin: it cannot be rewound.
+                spool = stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(source, spool)
+                source = spool
+            if self._args.output is not None:
+                self._output = stack.enter_context(self._opened_output())
+            self._total = sum(1 for _ in self._open_questions(source))
+            if self._total == 0 and not self._answered:
+                self._console.say(f"⚠️  {path} holds no question")
 
-    def opened_output(self, stack: contextlib.ExitStack) -> Any:  # what adds a line to it
-        path, source = os.path.realpath(self.args.output), os.path.realpath(self.args.batch)
-        require(path != source, f"--output {path}: these are the questions")
-        old = stack.enter_context(opened("--output", path, "ab+"))
-        old.seek(0)
-        is_ours = os.path.isfile(path) and all(b'{"id": '.startswith(line[:7]) for line in old)
-        require(is_ours, f"--output {path}: not a file of answers, left as it is")
-        file = stack.enter_context(opened("--output", path + ".part", "wb"))
-        os.chmod(file.name, os.stat(path).st_mode & 0o777)
-        old.seek(0)
-        for line in old:
-            said = parsed(line[:-1])  # what was torn is no JSON
-            name, answer = dig(said, "id"), dig(said, "answer")
-            if answer is not None and type(name) in (str, int) and name not in self.before:
-                self.before[name] = hash(str(dig(said, "question")))
-                file.write(line)
-        file.flush()
-        os.replace(file.name, path)
-        return lambda line: (file.write(line.encode()), file.flush())  # one call of the system
-
-    def questions(self, source: Any) -> Iterator[tuple[Any, Json]]:  # those without an answer yet
-        source.seek(0)
-        seen = set()
-        for place, line in filter(lambda pair: pair[1].strip(), enumerate(source, 1)):
-            text = line.decode("utf-8-sig", "replace").strip()
+            stack.callback(self._cancelled.set)  # whatever ends the batch ends its questions
+            questions = self._open_questions(source)
+            workers = self._args.workers or 8
             try:
-                require(b"\0" not in line, "save the file as UTF-8")
-                fields = json.loads(text) if text[:1] == "{" else {"question": text}
-                name, asked = fields.pop("id", place), hash(str(fields.get("question")))
-                fields = {**self.common, **fields}
-                is_own = type(name) in (str, int) and name not in seen
-                is_own = is_own and self.before.get(name, asked) == asked
-                require(is_own, f"id must be a text or number of this question, not {name!r:.60}")
-                seen.add(name)
-                self.llm.checked_question(**fields)
-            except (ValueError, TypeError, RecursionError) as error:
-                raise ValueError(f"--batch {self.args.batch}: line {place}: {error}") from None
-            if name not in self.before:
-                yield name, fields
+                for _ in work_through(self._ask, questions, workers, BATCH_AHEAD):
+                    pass
+            except KeyboardInterrupt:
+                self._tell_interruption()
+                raise
+        return self._tell_end()
 
-    def one(self, question: tuple[Any, Json]) -> None:  # asks it and writes its line
-        name, fields = question
-        with self.lock:
-            if self.stopped:
+    def _open_questions(self, source: IO[bytes]) -> Iterator[Line]:
+        """The questions without an answer, each checked. Raises UsageError."""
+        source.seek(0)
+        seen: Set[Union[str, int]] = set()
+        for number, data in enumerate(source, 1):
+            if not data.strip():
+                continue
+            try:
+                line = read_line(number, data)
+                if line.id in seen:
+                    raise ValueError(f"duplicate id {line.id!r}")
+                seen.add(line.id)
+                self._refuse_other_question(line)
+                self._llm._question(**{**self._common, **line.fields})
+            except (ValueError, TypeError, RecursionError) as error:
+                raise UsageError(f"--batch {self._args.batch}: line {number}: {error}") from None
+            if line.id not in self._answered:
+                yield line
+
+    def _refuse_other_question(self, line: Line) -> None:
+        """Raise ValueError if the id was answered for another question."""
+        before = self._answered.get(line.id)
+        if before is None:
+            return
+        is_same = before["line_digest"] == line.digest
+        if before["line_digest"] is None:  # the output of an older version
+            texts = {name: line.fields.get(name) for name in ("question", "messages")}
+            is_same = before["texts_digest"] == digest_of(texts)
+        if not is_same:
+            raise ValueError(
+                f"it differs from the question answered as id {line.id} in {self._args.output}; "
+                "use another -o, or give ids"
+            )
+
+    def _opened_output(self) -> IO[bytes]:
+        """The output, with the answers of an earlier run, for more to be added."""
+        flag = f"--output {self._args.output}"
+        path = os.path.realpath(self._args.output)
+        if self._args.output.endswith(("/", os.sep)):
+            raise UsageError(f"{flag}: a folder, not a file")
+        if os.path.exists(self._args.batch) and os.path.realpath(self._args.batch) == path:
+            raise UsageError(f"{flag}: these are the questions")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UsageError(f"{flag}: not a regular file; leave -o out to write to stdout")
+
+        old = opened("--output", path, "ab+")
+        try:
+            lock_file(old, flag)
+            old.seek(0)
+            if not all(line.startswith(b'{"id": ') or b'{"id": '.startswith(line) for line in old):
+                raise UsageError(f"{flag}: not a file of answers, left as it is")
+            return self._rewritten(old, path)
+        finally:
+            old.close()
+
+    def _rewritten(self, old: IO[bytes], path: str) -> IO[bytes]:
+        """A new file in place of the old one, with the answers of the old one."""
+        other_flags = 0
+        descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".answers-")
+        file = os.fdopen(descriptor, "wb")
+        try:
+            lock_file(file, f"--output {self._args.output}")
+            old.seek(0)
+            for data in old:
+                record = parsed(data)  # what was torn is no JSON
+                answered_id = dig(record, "id")
+                is_answer = isinstance(record, dict) and record.get("error") is None
+                if (
+                    not is_answer
+                    or "answer" not in record
+                    or not is_id(answered_id)
+                    or answered_id in self._answered
+                ):
+                    continue
+                texts = {name: record.get(name) for name in ("question", "messages")}
+                self._answered[answered_id] = {
+                    "line_digest": record.get("line_digest"),
+                    "texts_digest": digest_of(texts),
+                }
+                if record.get("flags_digest") not in (None, self._flags):
+                    other_flags += 1
+                file.write(data if data.endswith(b"\n") else data + b"\n")
+            file.flush()
+            os.chmod(temporary, os.stat(path).st_mode & 0o777)
+            os.replace(temporary, path)
+        except BaseException:
+            file.close()
+            os.unlink(temporary)
+            raise
+        if other_flags:
+            self._console.say(
+                f"⚠️  {other_flags} answers in {self._args.output} were given with other flags "
+                "(such as -m or -s) and are kept; use another -o to ask again"
+            )
+        return file
+
+    def _ask(self, line: Line) -> None:
+        """Ask a question and write its line. Runs in many threads."""
+        if self._cancelled.is_set():
+            return
+        result = self._llm._result({**self._common, **line.fields}, self._cancelled)
+        texts = {
+            name: line.fields[name] for name in ("question", "messages") if name in line.fields
+        }
+        digests = {"line_digest": line.digest, "flags_digest": self._flags}
+        record = report_of(result, self._args.expect_json, id=line.id, **texts, **digests)
+
+        with self._lock:
+            if self._cancelled.is_set():
                 return
-        result: Any = self.llm.result(fields)
-        said = {key: fields[key] for key in ("messages", "question") if key in fields}
-        with self.lock:
-            self.stopped = True  # if the next line fails, nobody shall pay for more
-            self.write(to_json(result, id=name, **said))
-            self.stopped = False
-            self.counts["failed" if isinstance(result, FallbackLLMError) else result.provider] += 1
-            passed, done = time.monotonic() - self.started, sum(self.counts.values())
-            if self.args.quiet or passed - self.told < self.pause:
-                return
-            self.told, rate, left = passed, done / passed, (self.total - done) / done * passed
-            line = f"{done}/{self.total} done, {self.counts['failed']} failed, {rate:.1f}/s, "
-            whose = "".join(f"; {k} {n}" for k, n in sorted(self.counts.items()) if k != "failed")
-            say(self.line.format(f"{line}{left:.0f} s left{whose}"), self.end)
+            try:
+                self._write(record)
+            except BaseException:
+                self._cancelled.set()  # nobody shall pay for answers that cannot be kept
+                raise
+            if isinstance(result, Answer):
+                self._counts[result.provider] += 1
+            else:
+                self._reasons[short_reason(result)] += 1
+            self._tell_progress()
+
+    def _write(self, record: Json) -> None:
+        if self._output is None:
+            self._console.put_json(record)
+        else:
+            try:
+                self._output.write(json_line(record).encode())
+                self._output.flush()
+            except OSError as error:
+                reason = f"{self._args.output}: {error.strerror}"
+                raise OSError(error.errno, reason) from None
+
+    def _tell_progress(self) -> None:
+        """Done, failed, speed, time left, who answers, who is rate-limited."""
+        now = time.monotonic()
+        pause = REDRAW_PAUSE if self._console.has_terminal else PROGRESS_PAUSE
+        if self._args.quiet or now - self._told_at < pause:
+            return
+        self._told_at = now
+
+        passed = now - self._started
+        failed = sum(self._reasons.values())
+        done = failed + sum(self._counts.values())
+        left = (self._total - done) / done * passed
+        parts = [f"{done}/{self._total} done, {failed} failed, {done / passed:.1f}/s"]
+        parts[0] += f", {duration_words(left)} left"
+        parts.append(", ".join(f"{name} {count}" for name, count in sorted(self._counts.items())))
+        for name, health in self._llm.provider_health.items():
+            if health.status is ProviderStatus.RATE_LIMITED:
+                seconds = max(0.0, health.rate_limit_reset_time - time.time())
+                parts.append(f"{name} rate-limited for {duration_words(seconds)}")
+        text = "; ".join(part for part in parts if part)
+        if self._console.has_terminal:
+            self._console.redraw(text)
+        else:
+            self._console.say(text)
+
+    def _tell_end(self) -> int:
+        """The sum; the exit code."""
+        failed = sum(self._reasons.values())
+        answered = sum(self._counts.values())
+        if failed or not self._args.quiet:
+            before = f", {len(self._answered)} answered before" if self._answered else ""
+            if self._console.has_terminal:
+                self._console.redraw("")
+            self._console.say(f"{answered} answered, {failed} failed{before}")
+        reasons = sorted(self._reasons.items(), key=lambda pair: -pair[1])
+        for reason, count in reasons[:COMMON_REASONS]:
+            self._console.say(f"   {count} x {reason}")
+        if failed and self._args.output is not None:
+            self._console.say("   Run the same command again to ask the failed ones again.")
+        return 1 if failed else 0
+
+    def _tell_interruption(self) -> None:
+        saved = sum(self._counts.values()) + len(self._answered)
+        if self._args.output is not None:
+            self._console.say(
+                f"\n{saved} answers are saved in {self._args.output}; "
+                "run the same command again to resume."
+            )
+
+
+def read_line(number: int, data: bytes) -> Line:
+    """A line of a batch: a text, or a JSON object. Raises ValueError."""
+    if b"\0" in data:
+        raise ValueError("save the file as UTF-8")
+    text = data.decode("utf-8-sig", "replace").strip()
+    fields: Json = {"question": text}
+    if text.startswith("{"):
+        fields = json.loads(text)
+    line_id = fields.pop("id", number)
+    if not is_id(line_id):
+        raise ValueError(f"id must be a text or a whole number, not {line_id!r:.60}")
+    if "question" not in fields and "messages" not in fields:
+        names = ", ".join(repr(name) for name in fields) or "no other field"
+        raise ValueError(f'a "question" or "messages" is missing (there is {names})')
+    return Line(number, line_id, fields, digest_of(fields))
+
+
+def is_id(value: object) -> bool:
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
+def digest_of(fields: Json) -> str:
+    """A short text that differs for different fields."""
+    text = json.dumps(fields, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def short_reason(error: Union[FallbackLLMError, ValueError]) -> str:
+    """Why a question failed, without what differs from question to question."""
+    attempts = getattr(error, "attempts", ())
+    if attempts:
+        last = attempts[-1]
+        return f"{last.provider}: {last.reason[:100]}"
+    return str(error).split("\n")[0][:100]
+
+
+def lock_file(file: IO[bytes], flag: str) -> None:
+    """Take the file for this process alone. Raises UsageError if another run has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"{flag}: another run is writing to it") from None
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

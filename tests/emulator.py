@@ -3,6 +3,7 @@
     with Emulator() as emulator:
         emulator.plan("cerebras", rate_limited("cerebras", 60))
         emulator.plan("groq/openai/gpt-oss-120b", Reply(fault="stall"), Reply(text="Paris."))
+        emulator.limit("openrouter", Quota(20))      # a minute, as a token bucket
         ...                                          # the program, with emulator.environment()
         models = [asked.model for asked in emulator.asked]
 
@@ -17,6 +18,7 @@ import contextlib
 import dataclasses
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import shlex
@@ -48,7 +50,7 @@ class Reply:
     status: int = 200
     text: str | None = None  # the answer; None: one that names the emulator, provider and model
     body: Body | None = None  # sent as it is, instead of what the dialect would say
-    headers: Headers = dataclasses.field(default_factory=dict)  # win over the dialect's own
+    headers: Headers = dataclasses.field(default_factory=dict)  # win over the dialect's; "": none
     stream: bool | None = None  # None: as the request asks (drip and short: plain JSON)
     pieces: int = 3  # how many chunks of a stream hold the text
     delay: float = 0.0  # before the headers
@@ -60,6 +62,13 @@ class Reply:
     def __post_init__(self) -> None:
         if self.fault not in FAULTS:
             raise ValueError(f"no such fault: {self.fault!r}")
+
+
+class Count(NamedTuple):
+    """How many questions the quotas of a model and its account let pass, and how many not."""
+
+    granted: int = 0
+    refused: int = 0
 
 
 class Asked(NamedTuple):
@@ -105,7 +114,8 @@ def rate_limited(
 ) -> Reply:
     """The provider's 429, which says in one place (`how`) when to come back.
 
-    how: header, header-ms, date, text, body (a field), reset (an instant or a duration), none.
+    how: header, header-ms, date, text, both (header and text), body (a field), reset (an instant
+    or a duration), none.
     per: minute, hour, day. retry_after None: a wait that the provider is known for. `now` (epoch)
     counts for date and reset. Groq adds, as it does, reset headers with a longer time than the
     hint. OpenRouter's limit is the account's when it is longer than a minute or told by reset,
@@ -152,9 +162,11 @@ class Hint(NamedTuple):
     how: str
     per: str
     now: float
+    counts: str = "tokens"
+    wide: bool = False  # the limit is the account's, whatever `how` and `per` suggest
 
     def headers(self) -> Headers:
-        if self.how == "header":
+        if self.how in ("header", "both"):
             return {"retry-after": _number(self.seconds)}
         if self.how == "header-ms":
             return {"retry-after-ms": _number(self.seconds * 1000)}
@@ -163,13 +175,13 @@ class Hint(NamedTuple):
         return {}
 
     def sentence(self, words: str, wait: str) -> str:
-        return f". {words} {wait}." if self.how == "text" else ""
+        return f". {words} {wait}." if self.how in ("text", "both") else ""
 
     def field(self, name: str) -> Json:
         return {name: self.seconds} if self.how == "body" else {}
 
 
-HINTS = ("header", "header-ms", "date", "text", "body", "reset", "none")
+HINTS = ("header", "header-ms", "date", "text", "both", "body", "reset", "none")
 
 
 class Row(NamedTuple):
@@ -198,6 +210,7 @@ class Dialect:
     comment: ClassVar[str] = ": keep-alive\n\n"
     common: ClassVar[Json] = {"id": "chatcmpl-emulated", "system_fingerprint": "fp_emulated"}
     waits: ClassVar[Mapping[str, float]]  # a typical wait per minute, hour, day
+    hints: ClassVar[tuple[str, str]]  # how the 429 of a model's and of the account's quota hints
     errors: ClassVar[Mapping[str, Row]]
 
     def error(self, row: Row) -> Json:
@@ -211,6 +224,10 @@ class Dialect:
     def limit(self, hint: Hint) -> tuple[Headers, Json]:
         """The dialect's own headers and the body of a 429."""
         raise NotImplementedError
+
+    def quota_headers(self, quotas: Sequence[Quota]) -> Headers:
+        """What every reply tells of these quotas."""
+        return {}
 
     def listed(self, model: str) -> Json:
         """One entry of the models list."""
@@ -290,6 +307,7 @@ class Cerebras(Dialect):
     }
     stream_type = "text/event-stream; charset=utf-8"
     waits: ClassVar[Mapping[str, float]] = {"minute": 58, "hour": 1800, "day": 86400}
+    hints = ("header", "header")
     errors: ClassVar[Mapping[str, Row]] = {
         "bad_request": Row(400, "Not a chat request", "wrong_api_format"),
         "too_long": Row(400, "The messages are too long", "context_length_exceeded"),
@@ -315,12 +333,21 @@ class Cerebras(Dialect):
         return _event({"status_code": 500, "error": self.error(self.errors["server"])})
 
     def limit(self, hint: Hint) -> tuple[Headers, Json]:
-        message = f"All tokens per {hint.per} are used up"
+        message = f"All {hint.counts} per {hint.per} are used up"
         message += hint.sentence("Please try again in", f"{_number(hint.seconds)}s")
         more = dict(hint.field("retry_after"), param="quota")
-        row = Row(429, message, "token_quota_exceeded", "too_many_tokens_error", more)
-        reset = {f"x-ratelimit-reset-tokens-{hint.per}": f"{hint.seconds:.6f}"}
+        code, kind = f"{hint.counts[:-1]}_quota_exceeded", f"too_many_{hint.counts}_error"
+        row = Row(429, message, code, kind, more)
+        reset = {f"x-ratelimit-reset-{hint.counts}-{hint.per}": f"{hint.seconds:.6f}"}
         return reset if hint.how == "reset" else {}, self.error(row)
+
+    def quota_headers(self, quotas: Sequence[Quota]) -> Headers:
+        headers = {}
+        for quota in quotas:
+            name = f"{quota.counts}-{quota.per}"
+            headers[f"x-ratelimit-limit-{name}"] = str(int(quota.capacity))
+            headers[f"x-ratelimit-remaining-{name}"] = str(quota.remaining)
+        return headers
 
     def choice(self, finish_reason: str | None, **content: Json) -> Json:
         last = {} if finish_reason is None else {"finish_reason": finish_reason}
@@ -351,6 +378,7 @@ class Groq(Dialect):
         "x-ratelimit-reset-tokens": "480ms",
     }
     waits: ClassVar[Mapping[str, float]] = {"minute": 6.35, "hour": 214, "day": 578}
+    hints = ("both", "both")
     errors: ClassVar[Mapping[str, Row]] = {
         "bad_request": Row(400, "Not a chat request"),
         "organization": Row(400, "This organization may not call", "organization_restricted"),
@@ -385,14 +413,24 @@ class Groq(Dialect):
 
     def limit(self, hint: Hint) -> tuple[Headers, Json]:
         message = (
-            f"Rate limit reached by org_emulated with `{MODEL}`, tokens per {hint.per} "
-            f"(TP{hint.per[0].upper()}): 7739 of 8000 used, 1108 asked for"
+            f"Rate limit reached by org_emulated with `{MODEL}`, {hint.counts} per {hint.per} "
+            f"({hint.counts[0].upper()}P{hint.per[0].upper()}): 7739 of 8000 used, 1108 asked for"
         )
         message += hint.sentence("Please try again in", _go_duration(hint.seconds))
-        row = Row(429, message, "rate_limit_exceeded", "tokens", hint.field("retry_after"))
+        row = Row(429, message, "rate_limit_exceeded", hint.counts, hint.field("retry_after"))
         full = hint.seconds if hint.how == "reset" else hint.seconds + 50
         reset = {"x-ratelimit-reset-tokens": _go_duration(full)}
         return {} if hint.how == "none" else reset, self.error(row)
+
+    def quota_headers(self, quotas: Sequence[Quota]) -> Headers:
+        """Requests are the day's, tokens the minute's; of other quotas nothing is told."""
+        headers = {}
+        for quota in quotas:
+            if (quota.counts, quota.per) in (("requests", "day"), ("tokens", "minute")):
+                headers[f"x-ratelimit-limit-{quota.counts}"] = str(int(quota.capacity))
+                headers[f"x-ratelimit-remaining-{quota.counts}"] = str(quota.remaining)
+                headers[f"x-ratelimit-reset-{quota.counts}"] = _go_duration(quota.full_in)
+        return headers
 
     def listed(self, model: str) -> Json:
         audio = model.startswith("whisper")
@@ -441,6 +479,7 @@ class OpenRouter(Dialect):
     comment = ": OPENROUTER PROCESSING\n\n"
     common: ClassVar[Json] = {"id": "gen-emulated", "provider": "Emulator"}
     waits: ClassVar[Mapping[str, float]] = {"minute": 1, "hour": 1800, "day": 40000}
+    hints = ("none", "reset")
     errors: ClassVar[Mapping[str, Row]] = {
         "bad_request": Row(400, "No messages were sent"),
         "too_long": Row(
@@ -477,7 +516,7 @@ class OpenRouter(Dialect):
     def limit(self, hint: Hint) -> tuple[Headers, Json]:
         words = hint.sentence("Retry after", f"{_number(hint.seconds)} seconds")
         more = dict(hint.field("retry_after_seconds"), provider_name="Emulator")
-        if hint.per == "minute" and hint.how != "reset":
+        if hint.per == "minute" and hint.how != "reset" and not hint.wide:
             more["raw"] = f"{MODEL} gets too many requests upstream"
             more["limit_source"] = "upstream_provider_shared_pool"
             return {}, self.error(Row(429, "Provider returned error" + words, more=more))
@@ -485,7 +524,7 @@ class OpenRouter(Dialect):
         more["limit_source"] = f"openrouter_free_tier_{span}"
         headers: Headers = {}
         if hint.how == "reset":
-            instant = str(int((hint.now + hint.seconds) * 1000))
+            instant = str(math.ceil((hint.now + hint.seconds) * 1000))
             more["headers"] = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": instant}
             headers = {} if hint.per == "minute" else more["headers"]  # the minute's: body only
         message = f"Over the limit free-models-per-{hint.per.replace('minute', 'min')}"
@@ -576,6 +615,159 @@ def _go_duration(seconds: float) -> str:
     hours, minutes = divmod(int(minutes), 60)
     whole = f"{hours}h{minutes}m" if hours else f"{minutes}m" if minutes else ""
     return f"{whole}{_number(rest)}s"
+
+
+# --- Quotas: what an account or a model may use up ----------------------------------------------
+
+SPANS = {"minute": 60.0, "hour": 3600.0, "day": 86400.0}
+MAX_RESERVED = 16384  # tokens reserved for an answer, at most and without max_tokens
+UNITS = {"requests": 1, "tokens": 500}  # what one request of another program takes
+CLOSE = 1e-9  # floats that are as close as this are equal
+
+
+@dataclasses.dataclass(eq=False)
+class Quota:
+    """So many requests or tokens per window: a token bucket, full at first.
+
+    A request takes 1, or the tokens that it reserves: those of its prompt and max_tokens. `now`
+    is the time of any clock that does not go back. Not thread-safe: the emulator has the lock.
+    """
+
+    limit: float
+    window: float = 60.0  # seconds; a window of 3 is a shrunk minute
+    counts: str = "requests"  # or "tokens"
+    per: str = "minute"  # hour, day: what headers and messages call the window
+    fixed: bool = False  # all of it comes back when a window ends, nothing before
+    taken: float = 0.0  # the share that another program takes, at a steady rate
+    schedule: Sequence[tuple[float, float]] = ()  # from so many seconds on: so many times the limit
+    told: bool = True  # False: no header and no hint gives it away
+
+    def __post_init__(self) -> None:
+        self.capacity = self.left = float(self.limit)  # left: negative when another program took it
+        self._begun: float | None = None
+        self._at = 0.0  # seconds since it began
+        self._changes = list(self.schedule)
+        self._taken_at = self._next_taken()
+
+    @property
+    def remaining(self) -> int:
+        """What is left, as headers tell it."""
+        return max(0, int(self.left + CLOSE))
+
+    @property
+    def full_in(self) -> float:
+        """Seconds until it is full, if nobody takes any."""
+        return self._wait_for(self.capacity)
+
+    def cost(self, body: Json) -> int:
+        """How much of it a request with this body needs."""
+        if self.counts == "requests":
+            return 1
+        asked = body.get("max_completion_tokens", body.get("max_tokens"))
+        answer = min(asked, MAX_RESERVED) if isinstance(asked, int) else MAX_RESERVED
+        return _tokens(_dumps(body.get("messages", []))) + answer
+
+    def wait(self, cost: float, now: float) -> float:
+        """Seconds until so much of it will be there, as far as the server knows; 0.0: it is."""
+        self.advance(now)
+        return self._wait_for(cost)
+
+    def whole_seconds(self, wait: float) -> float:
+        """The wait in whole seconds of a real minute (hour, day), which may be shrunk."""
+        second = self.window / SPANS[self.per]
+        return math.ceil(wait / second - CLOSE) * second
+
+    def advance(self, now: float) -> None:
+        """Brings it up to date. The first time, it begins."""
+        if self._begun is None:
+            self._begun = now
+        now = max(now - self._begun, self._at)
+        while True:
+            changes_at = self._changes[0][0] if self._changes else math.inf
+            self._refill(min(now, changes_at, self._taken_at))
+            if self._at == changes_at:
+                self._change(self._changes.pop(0)[1])
+            elif self._at == self._taken_at:
+                self.left -= UNITS[self.counts]
+                self._taken_at = self._next_taken()
+            else:
+                return
+
+    def _wait_for(self, amount: float) -> float:
+        missing = amount - self.left
+        if missing <= CLOSE:
+            return 0.0
+        if self.fixed:
+            return (self._window_at(self._at) + 1) * self.window - self._at
+        return missing * self.window / self.capacity
+
+    def _refill(self, at: float) -> None:
+        if not self.fixed:
+            more = (at - self._at) * self.capacity / self.window
+            self.left = min(self.capacity, self.left + more)
+        elif self._window_at(at) > self._window_at(self._at):
+            self.left = self.capacity
+        self._at = at
+
+    def _window_at(self, at: float) -> int:
+        return math.floor(at / self.window + CLOSE)
+
+    def _change(self, factor: float) -> None:
+        before, self.capacity = self.capacity, self.limit * factor
+        if self.fixed:
+            self.left += self.capacity - before
+        else:
+            self.left = min(self.left, self.capacity)
+
+    def _next_taken(self) -> float:
+        if not self.taken:
+            return math.inf
+        return self._at + UNITS[self.counts] * self.window / (self.capacity * self.taken)
+
+
+def admit(quotas: Sequence[Quota], body: Json, now: float) -> tuple[Quota, float] | None:
+    """Takes from each quota what the request needs, or nothing if one of them has too little.
+
+    Then it returns the quota that makes the request wait longest, and how long: for ever, if the
+    request is larger than the whole quota.
+    """
+    costs = [quota.cost(body) for quota in quotas]
+    longest: tuple[Quota, float] | None = None
+    for quota, cost in zip(quotas, costs):
+        wait = quota.wait(cost, now)
+        if cost > quota.capacity:
+            wait = math.inf
+        if wait > (longest[1] if longest else 0.0):
+            longest = quota, wait
+    if longest is None:
+        for quota, cost in zip(quotas, costs):
+            quota.left -= cost
+    return longest
+
+
+def refusal(provider: str, quota: Quota, wait: float, wide: bool, now: float) -> Reply:
+    """The provider's 429 for a quota that is used up. wide: the account's. now: epoch seconds.
+
+    A request that is larger than the quota (the wait is infinite) gets the 413 instead.
+    """
+    dialect = _dialect(provider)
+    if wait == math.inf:
+        return error(provider, "too_large")
+    how = dialect.hints[wide] if quota.told else "none"
+    hint = Hint(wait, how, quota.per, now, quota.counts, wide)
+    own, body = dialect.limit(hint)
+    headers = {**hint.headers(), **own}
+    if "retry-after" in headers:
+        headers["retry-after"] = _number(quota.whole_seconds(wait))
+    return Reply(429, body=body, headers=headers)
+
+
+def quota_headers(provider: str, quotas: Sequence[Quota]) -> Headers:
+    """The headers of any reply, without those of quotas that are not in force."""
+    dialect = _dialect(provider)
+    headers = {name: "" for name in dialect.headers if name.startswith("x-ratelimit-")}
+    headers.update(dialect.quota_headers([quota for quota in quotas if quota.told]))
+    return headers
 
 
 # --- The wire: a connection, a reply as bytes, and the faults that spoil it ---------------------
@@ -675,6 +867,7 @@ def _page(dialect: Dialect, reply: Reply, model: str, stream: bool) -> _Page:
     if reply.status == 200:
         headers.update(dialect.headers)
     headers.update((name.lower(), value) for name, value in reply.headers.items())
+    headers = {name: value for name, value in headers.items() if value}
     streams = headers["content-type"].startswith("text/event-stream")
     beat = dialect.comment.encode() if streams else b"\n"
     chunked = reply.fault in ENDLESS or streams or dialect.chunked
@@ -808,15 +1001,23 @@ class Emulator:
     """The three providers on a port of 127.0.0.1, for as long as the `with` block lasts.
 
     models: what a provider serves, by its name; another model is then gone. A provider that is
-    not named there answers for every model.
+    not named there answers for every model. clock: of the quotas.
     """
 
-    def __init__(self, models: Mapping[str, Sequence[str]] | None = None, port: int = 0) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Sequence[str]] | None = None,
+        port: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.url = ""  # known once it serves
         self.connections = 0  # accepted so far
         self._served = {_dialect(name).name: tuple(ids) for name, ids in (models or {}).items()}
         self._port = port
         self._plans: dict[str, list[Reply]] = {}
+        self._clock = clock
+        self._quotas: dict[str, list[Quota]] = {}
+        self._counts: dict[str, Count] = {}
         self._asked: list[Asked] = []
         self._links: dict[_Link, threading.Thread] = {}
         self._lock = threading.Lock()
@@ -869,6 +1070,22 @@ class Emulator:
         _dialect(target.split("/")[0])
         with self._lock:
             self._plans[target] = list(replies)
+
+    def limit(self, target: str, *quotas: Quota) -> None:
+        """Sets the quotas of a provider's account, or of one of its models; none: they are lifted.
+
+        All begin with the first question to a model that has any. A request that one of them
+        refuses takes nothing from the others.
+        """
+        _dialect(target.split("/")[0])
+        with self._lock:
+            self._quotas[target] = list(quotas)
+
+    @property
+    def counts(self) -> dict[str, Count]:
+        """What became of the questions to each model ("groq/openai/gpt-oss-20b")."""
+        with self._lock:
+            return dict(self._counts)
 
     @property
     def asked(self) -> list[Asked]:
@@ -942,6 +1159,30 @@ class Emulator:
     def _chat(self, dialect: Dialect, asked: Asked) -> Reply:
         if not (asked.model and isinstance(asked.body.get("messages"), list)):
             return error(dialect.name, "bad_request")
+        refused, headers = self._admission(dialect, asked)
+        reply = refused or self._answered(dialect, asked)
+        return dataclasses.replace(reply, headers={**headers, **reply.headers})
+
+    def _admission(self, dialect: Dialect, asked: Asked) -> tuple[Reply | None, Headers]:
+        """A refusal, if a quota is used up; and the headers that tell of the quotas."""
+        target, now = f"{dialect.name}/{asked.model}", self._clock()
+        with self._lock:
+            account = self._quotas.get(dialect.name, [])
+            quotas = [*account, *self._quotas.get(target, [])]
+            if quotas:
+                for quota in itertools.chain.from_iterable(self._quotas.values()):
+                    quota.advance(now)
+            refused = admit(quotas, asked.body, now)
+            granted, refusals = self._counts.get(target, Count())
+            self._counts[target] = Count(granted + (not refused), refusals + bool(refused))
+            headers = quota_headers(dialect.name, quotas) if quotas else {}
+        if refused is None:
+            return None, headers
+        quota, wait = refused
+        reply = refusal(dialect.name, quota, wait, quota in account, time.time())
+        return dataclasses.replace(reply, headers={**reply.headers, **headers}), headers
+
+    def _answered(self, dialect: Dialect, asked: Asked) -> Reply:
         planned = self._next(f"{dialect.name}/{asked.model}")
         if planned is not None:
             return planned
