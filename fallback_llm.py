@@ -641,19 +641,19 @@ CODES: Sequence[Tuple[Ruling, str]] = (
     (DENIED, "openrouter_credits openrouter_key_limit region_restricted unsupported_country*"),
     (UNSUITABLE, "account_*limit*"),
     (DENIED, "account_*"),
-    (FAULT, "*_failed"),  # what the model wrote could not be read: json_validate_failed
+    (GONE, "model_archived_error"),
     (FAULT, "model_*overloaded model_*timeout model_*error"),
-    (GONE, "model_archived_error model_*"),
+    (GONE, "model_*"),
     (GONE, "no_endpoints free_variant_ended"),
     (UNSUITABLE, "context_length_exceeded max_tokens_exceeded token_limit_exceeded"),
     (UNSUITABLE, "*_too_long *_too_large privacy_restricted constraint_filtered"),
     (UNSUITABLE, "unprocessable invalid_request invalid_prompt unsupported_* wrong_*"),
 )
 
-# Codes that only say that something broke. A status that says more is heard before them: a 429
-# with the type server_error is a rate limit all the same.
+# Codes that only say that something broke, such as json_validate_failed for what a model wrote. A
+# status that says more is heard before them: a 429 with the type server_error is a rate limit.
 BROKEN_CODES = "server server_error internal_server_error timeout overloaded *_overloaded"
-BROKEN_CODES += " unavailable *_unavailable"
+BROKEN_CODES += " unavailable *_unavailable *_failed"
 
 # Narrow words of the message, with … for at most 120 other characters; the first line that fits
 # decides. What is permanent stands before what passes.
@@ -663,6 +663,7 @@ PHRASES: Sequence[Tuple[Ruling, Sequence[str]]] = (
         [
             "request too large",
             "data policy",
+            "data-policy",
             "guardrail restriction",
             "reduce the length of",
             "input is too long",
@@ -697,18 +698,21 @@ MODEL_ENDS = ["does not exist", "not found", "not be found", "no longer", "retir
 MODEL_ENDS += ["decommissioned", "deprecated", "discontinued", "unavailable for free"]
 NOT_THE_MODEL = ["parameter", "tool", "property", "field"]
 
-# An account, key, card or address that was blocked: one of the first words, then of the second.
+# An account, key, card or address that was blocked: one of each, in either order.
 ACCOUNT_NOUNS = ["account", "organization", "organisation", "api key", "payment method"]
-ACCOUNT_NOUNS += ["payment", "card ", "ip ", "ip-address"]
+ACCOUNT_NOUNS += ["key ", "payment", "card ", "ip ", "ip, ", "address", "token ", "workspace"]
 ACCOUNT_ENDS = ["restricted", "suspended", "flagged", "deactivated", "banned", "disabled"]
 ACCOUNT_ENDS += ["blocked", "terminated", "violat"]
 
-# A refusal is about what was asked: one of the first words, then one of the second.
-INPUT_NOUNS = ["input", "prompt", "content", "message", "text", "question", "query"]
+# A refusal is about what was asked: one of the first words, then one of the second; or it names a
+# policy and says what was done, and no account.
+INPUT_NOUNS = ["input ", "prompt ", "content ", "message ", "text ", "question ", "query "]
 INPUT_ENDS = ["flagged", "blocked by", "violates our", "violates the content", "not allowed by our"]
-REFUSAL_PHRASES = ["content polic", "content management polic", "content safety polic"]
-REFUSAL_PHRASES += ["content usage polic", "safety polic", "safety system", "safety filter"]
-REFUSAL_PHRASES += ["content filter", "request blocked: ", "flagged by moderation"]
+POLICIES = ["content polic", "content management polic", "content safety polic", "moderation"]
+POLICIES += ["content usage polic", "safety polic", "safety system", "safety filter"]
+POLICIES += ["content filter", "request blocked: "]
+REFUSING = ["violat", "against", "block", "flagged", "stopped", "trigger", "refus", "reject"]
+REFUSING += ["not allowed", "filtered", "due to", "prohibit"]
 REFUSAL_STATUSES = (0, 400, 403, 422)  # 0: inside a reply with the status 200
 
 # A JSON 404 means that the model is gone, unless it names one of these.
@@ -801,8 +805,8 @@ def read_error(body: object) -> ErrorReport:
     codes = []
     for name in CODE_FIELDS:
         for value in reversed(fields[name]):  # the innermost knows best
-            if isinstance(value, str):
-                codes.append(value[:100].lower())
+            if isinstance(value, str) and len(value) <= 100:
+                codes.append(value.lower())
     if any(fields["reasons"] + fields["flagged_input"] + fields["patterns"]):
         codes.append("moderation")
     return ErrorReport(message_of(fields), codes, fields)
@@ -840,42 +844,37 @@ def message_of(fields: Mapping[str, List[Any]]) -> str:
     return ": ".join(texts)
 
 
-def shortened(text: str) -> str:
-    """The text in one line of at most MAX_TEXT characters, cut between two words.
+INVISIBLE = re.compile("[\\s\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2060\ufeff]+")
+KEY_CHARACTERS = "".join(map(chr, range(33, 127)))
+
+
+def shortened(text: str, limit: int = MAX_TEXT) -> str:
+    """The text in one line, cut between two words.
 
     A cut inside a word could leave half of a key, which nothing would recognize any more.
     """
-    line = " ".join(text.split())
-    if len(line) > MAX_TEXT:
-        line = line[:MAX_TEXT].rpartition(" ")[0]
+    line = INVISIBLE.sub(" ", text).strip()
+    if len(line) > limit:
+        line = (line[:limit].rstrip(KEY_CHARACTERS) or line[: limit // 2]) + "…"
     return line
 
 
 def page_summary(text: str) -> str:
     """The title, heading or first words of an HTML or XML page; any other text as it is."""
     start = text[:MAX_TEXT].lstrip("\ufeff \t\r\n")
-    if not re.match(r"<(!doctype|html|head|body|\?xml|title|center|h1)", start, re.IGNORECASE):
+    if not re.match("<[a-zA-Z!?]", start):
         return text
-
     for tag in ("title", "h1"):
-        content = between(start, f"<{tag}", f"</{tag}")
-        words = re.sub(r"<[^<>]{0,200}>", " ", content.partition(">")[2]).strip()
+        heading = re.search(rf"(?is)<{tag}[^<>]{{0,200}}>(.{{1,500}}?)</{tag}", start)
+        words = without_tags(heading.group(1)) if heading is not None else ""
         if words:
-            return f"HTML page: {words[:200]}"
-
-    without_styles = re.sub(r"(?is)<(style|script).{0,2000}?</\1>", " ", start)
-    words = " ".join(re.sub(r"<[^<>]{0,200}>", " ", without_styles).split())
-    return f"HTML page: {words[:200]}" if words else "an HTML page without words"
+            return f"HTML page: {words}"
+    words = without_tags(re.sub("(?is)<(style|script).{0,2000}?</", "<", start))
+    return f"HTML page: {words}" if words else "an HTML page without words"
 
 
-def between(text: str, start: str, end: str) -> str:
-    """What stands between two marks, in any case; "" if there are none."""
-    lowered = text.lower()
-    begin = lowered.find(start)
-    if begin < 0:
-        return ""
-    finish = lowered.find(end, begin)
-    return text[begin:finish] if finish > 0 else ""
+def without_tags(page: str) -> str:
+    return shortened(re.sub("<[^<>]{0,200}>", " ", page), 200)
 
 
 def inner_status(report: ErrorReport) -> int:
@@ -895,6 +894,9 @@ def ruling_for(code: int, report: ErrorReport, is_json: bool) -> Ruling:
             if fits(name, patterns):
                 return ruling
 
+    steps = " ".join(map(str, report.fields["failed_routing_step"])).lower()
+    if any(word in steps for word in NOT_GONE_404):
+        return UNSUITABLE
     words = ruling_by_words(code, report.message.lower())
     if words is not None:
         return words
@@ -915,14 +917,16 @@ def ruling_by_words(code: int, message: str) -> Optional[Ruling]:
         if any(says(message, phrase) for phrase in phrases):
             return ruling
 
-    if says_pair(message, ACCOUNT_NOUNS, ACCOUNT_ENDS):
-        return DENIED if code != 429 else None
+    is_account = says_pair(message, ACCOUNT_NOUNS, ACCOUNT_ENDS)
+    if is_account or says_pair(message, ACCOUNT_ENDS, ACCOUNT_NOUNS):
+        return DENIED if code < 500 and code != 429 else None
     is_about_model = not any(word in message for word in NOT_THE_MODEL)
     if is_about_model and says_pair(message, MODEL_NOUNS, MODEL_ENDS):
         return GONE
     if code in REFUSAL_STATUSES:
-        is_about_input = says_pair(message, INPUT_NOUNS, INPUT_ENDS)
-        if is_about_input or any(says(message, phrase) for phrase in REFUSAL_PHRASES):
+        names_policy = any(phrase in message for phrase in POLICIES)
+        is_refusing = any(word in message for word in REFUSING)
+        if says_pair(message, INPUT_NOUNS, INPUT_ENDS) or (names_policy and is_refusing):
             return REFUSED
     return None
 
@@ -940,7 +944,7 @@ def says_pair(message: str, nouns: Sequence[str], ends: Sequence[str]) -> bool:
 @functools.lru_cache(maxsize=None)
 def phrase_pattern(phrase: str) -> Pattern[str]:
     # The gap is bounded, so that searching a long message takes linear time.
-    return re.compile(".{0,120}?".join(re.escape(part) for part in phrase.split("…")))
+    return re.compile(".{0,120}?".join(re.escape(part) for part in phrase.split(" … ")))
 
 
 @functools.lru_cache(maxsize=None)
@@ -1326,12 +1330,14 @@ class ErrorInside(Exception):
 
 
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of other bytes
-MODERATION_WORDS = ("content-safety", "guard", "moderation", "shield")
+MODERATION_WORDS = {"guard", "safeguard", "guardian", "wildguard", "shield", "shieldgemma"}
+MODERATION_WORDS |= {"moderation"}
 
 
 def is_moderation_model(name: str) -> bool:
     """Whether a model judges texts rather than answering them."""
-    return any(word in name.lower() for word in MODERATION_WORDS)
+    words = re.split(r"[^a-z0-9]", name.lower())
+    return not MODERATION_WORDS.isdisjoint(words) or "content-safety" in name.lower()
 
 
 class Draft:
@@ -1377,6 +1383,8 @@ class Draft:
             raise Failure(Verdict.FAULT, "the answer is not UTF-8")
 
         said = parsed(event.data)
+        if isinstance(said, list) and len(said) == 1:
+            said = said[0]
         if event.is_plain:
             self.is_done = bool(event.data)
         if event.kind == "error":
@@ -1419,8 +1427,8 @@ class Draft:
 
     def _take_malformed(self, event: Event, said: object) -> None:
         """An event that is no JSON object may have held a word of the answer."""
-        if self.finish_reason:
-            return
+        if self.is_settled:
+            return  # nothing but usage was to come
         if self.is_live and self.texts and not event.is_plain:
             self.skipped_events += 1
             return
@@ -1606,10 +1614,8 @@ class Redactor:
 
     def line(self, text: str) -> str:
         """The text in one line of at most 300 characters, with secrets masked."""
-        if len(text) > MAX_TEXT:
-            text = text[:MAX_TEXT].rpartition(" ")[0]
-        text = "".join(char if char.isprintable() else " " for char in text)
-        line = " ".join(text.split())
+        line = shortened(text)
+        line = "".join(char if char.isprintable() else " " for char in line)
         for pattern in self._patterns:
             line = pattern.sub("[key]", line)
 
@@ -1669,7 +1675,8 @@ class BoundedResponse:
     def __init__(self, sock: socket.socket, *args: Any, **more: Any) -> None:
         super().__init__(sock, *args, **more)  # type: ignore[call-arg]
         raw = cast(Any, self).fp.detach()
-        self.fp = io.BufferedReader(BoundedStream(sock, raw, self.limits.current), READ_SIZE)
+        stream = BoundedStream(sock, raw, self.limits.current)
+        cast(Any, self).fp = io.BufferedReader(stream, READ_SIZE)
 
     def begin(self) -> None:
         super().begin()  # type: ignore[misc]
@@ -1747,7 +1754,7 @@ def bounded_session(current_limits: threading.local) -> requests.Session:
     import requests  # noqa: I001 - the first, so that its name is told when it is missing
     from http.client import HTTPResponse
     from urllib3.connection import HTTPConnection, HTTPSConnection
-    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+    from urllib3 import connectionpool
 
     class Response(BoundedResponse, HTTPResponse):
         limits = current_limits
@@ -1760,13 +1767,14 @@ def bounded_session(current_limits: threading.local) -> requests.Session:
         limits = current_limits
         response_class = Response
 
-    class Pool(HTTPConnectionPool):
+    # These two names show in error messages.
+    class HTTPConnectionPool(connectionpool.HTTPConnectionPool):
         ConnectionCls = Connection
 
-    class SecurePool(HTTPSConnectionPool):
+    class HTTPSConnectionPool(connectionpool.HTTPSConnectionPool):
         ConnectionCls = SecureConnection
 
-    pools = {"http": Pool, "https": SecurePool}
+    pools = {"http": HTTPConnectionPool, "https": HTTPSConnectionPool}
 
     class Adapter(requests.adapters.HTTPAdapter):
         def init_poolmanager(self, *args: Any, **more: Any) -> None:
@@ -1809,23 +1817,20 @@ class Reply:
         from urllib3.exceptions import HTTPError
 
         encoding = self.headers.get("content-encoding", "").lower()
-        unpack = None
+        pieces = self._pieces()
         if "gzip" in encoding or "deflate" in encoding:
-            unpack = zlib.decompressobj(47)  # 47: either of them
+            pieces = unpacked(pieces)
 
         size = 0
+        most = MAX_BODY if self.is_success else MAX_ERROR_BODY
         try:
-            for chunk in self._packed_chunks():
-                if unpack is not None:
-                    chunk = unpack.decompress(chunk, MAX_BODY)
-                size += len(chunk)
-                if size >= MAX_ERROR_BODY and not self.is_success:
-                    return
-                if size >= MAX_BODY:
-                    raise Failure(Verdict.FAULT, f"the reply is longer than {MAX_BODY} bytes")
-                yield chunk
-            if unpack is not None and not unpack.eof:
-                raise EOFError
+            for piece in pieces:
+                size += len(piece)
+                if size >= most and not self.is_success:
+                    return  # the status says enough
+                if size >= most:
+                    raise Failure(Verdict.FAULT, f"the reply is longer than {most} bytes")
+                yield piece
         except (OSError, EOFError, ValueError, HTTPException, HTTPError, zlib.error):
             if self.is_success and not self.limit.is_settled:
                 raise self.limit.failure("the answer was cut: its end did not come") from None
@@ -1841,22 +1846,31 @@ class Reply:
         else:
             self._raw.close()
 
-    def _packed_chunks(self) -> Iterator[bytes]:
-        """The body as the server sent it."""
+    def _pieces(self) -> Iterator[bytes]:
+        """The body as the server sent it. Raises EOFError if its end is missing."""
         # urllib3's own methods wait for a full block, so a slow stream would look like silence.
         # http.client's response below it has read1, which gives what is there.
         source = getattr(self._raw, "_fp", self._raw)
         while True:
             if self.limit.left() <= 0:
                 raise socket.timeout("timed out")
-            chunk = source.read1(READ_SIZE)
-            if not chunk:
+            piece = source.read1(READ_SIZE)
+            if not piece:
                 break
-            yield chunk
+            yield piece
         if getattr(source, "length", None):
             raise EOFError
         self._is_complete = True
         source.close()  # http.client waits for this before it uses the connection again
+
+
+def unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The pieces of a compressed body, decompressed."""
+    unpack = zlib.decompressobj(47)  # 47: gzip or deflate
+    for piece in pieces:
+        yield unpack.decompress(piece, MAX_BODY)
+    if not unpack.eof:
+        raise EOFError
 
 
 class Transport:
@@ -2055,7 +2069,7 @@ def network_failure(error: Exception, url: str, limit: TimeLimit) -> Failure:
     words = str(error)[:1000].partition(" (Caused by")[0]
     what, advice = unreachable_because(causes, urlsplit(url).hostname or url)
     return limit.failure(
-        f"{words} ({what})" if words else what,
+        f"{words}; {what}" if words else what,
         reaches_provider=True,
         is_unreachable=True,
         summary=what,
@@ -2671,14 +2685,20 @@ Accept = Callable[[str], object]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-OUR_PARAMETERS = ["question", "max_tokens", "provider", "model", "system", "messages", "timeout"]
-OUR_PARAMETERS += ["accept", "temperature"]
+ARGUMENTS: Json = {  # of a question, with their defaults
+    "question": None,
+    "max_tokens": 500,
+    "provider": None,
+    "model": None,
+    "system": None,
+    "messages": None,
+    "timeout": None,
+    "accept": None,
+}
 API_PARAMETERS = ("models", "seed", "stop", "top_p", "user", "metadata", "modalities", "store")
 UNSUPPORTED = ("tools", "stream", "n")
 # A models list also holds models that do not chat.
-NOT_CHAT = re.compile(
-    "whisper|tts|speech|audio|guard|embed|rerank|moderation|image|ocr|content-safety|shield"
-)
+NOT_CHAT = re.compile("whisper|tts|speech|audio|embed|rerank|image|ocr")
 MOST_REPLACEMENTS = 5  # models of a provider's list that take the place of those that are gone
 
 
@@ -2688,10 +2708,9 @@ class Question:
 
     fields: Json  # the body of the request, without the model
     candidates: List[Candidate]
-    deadline: float
+    timeout: float  # infinite: none
     accept: Optional[Accept] = None
     has_chosen_model: bool = False
-    is_restricted: bool = False  # the caller named the provider or the model
     cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
@@ -2871,13 +2890,11 @@ class Roster:
             raise ValueError(f"models must name one: {names_of_rows} has none")
         return candidates
 
-    def nearest_model(self, model: str) -> str:
-        """The listed model whose id is like this one, "" if none is."""
-        listed = [name for models in self.models.values() for name in models]
-        if model in listed:
-            return ""
-        near = difflib.get_close_matches(model, listed, 1, 0.7)
-        return near[0] if near else ""
+    def nearest_model(self, candidate: Candidate) -> str:
+        """The model of this provider whose id is most like the candidate's, "" if none is."""
+        listed = self.models[candidate.row.name]
+        near = difflib.get_close_matches(candidate.model, listed, 1, 0.7)
+        return near[0] if near and candidate.model not in listed else ""
 
 
 class Trail:
@@ -2944,12 +2961,12 @@ class Trail:
 class Narrator:
     """Tells one question's walk through the logger, in the documented lines.
 
-    A line is told once: a provider that cannot be reached gives the same error for each model.
+    A line is told once, and the same error once for each model.
     """
 
     def __init__(self, config: RetryConfig) -> None:
         self._config = config
-        self._told: Set[str] = set()
+        self._told: Set[Tuple[str, str]] = set()
         self._provider = ""
         self._last: Optional[Candidate] = None
 
@@ -2986,7 +3003,9 @@ class Narrator:
         row = candidate.row
         if not is_shown:  # what broke off after its first text is told by StreamInterrupted
             line = f"❌ Error in {row.name} API request: {failure.reason}"
-            self._tell(line, logging.WARNING, again=not failure.is_unreachable)
+            model = "" if failure.is_unreachable else candidate.model
+            is_retry = candidate == self._last
+            self._tell(line, logging.WARNING, model, again=is_retry)
         self._last = candidate
         if failure.verdict is Verdict.DENIED and row.key_env:
             self._tell(f"🔑 Check {row.key_env} and the account: {row.key_url}", logging.WARNING)
@@ -2995,20 +3014,22 @@ class Narrator:
             line = f"🔄 {row.name} {candidate.model} exhausted all {number} retry attempts"
             self._tell(line)
 
-    def _tell(self, line: str, level: int = logging.INFO, again: bool = False) -> None:
-        if again or line not in self._told:
-            self._told.add(line)
+    def _tell(
+        self, line: str, level: int = logging.INFO, model: str = "", again: bool = False
+    ) -> None:
+        if again or (model, line) not in self._told:
+            self._told.add((model, line))
             logger.log(level, "%s", line)
 
 
 def duration_words(seconds: float) -> str:
     """A duration as a person would say it."""
-    for length, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * length:
-            return f"{round(seconds / length)} {unit}"
-    if seconds >= 3600:
-        return "1 hour"
-    return f"{math.ceil(seconds)} s"
+    seconds = math.ceil(seconds)
+    for length, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        count = round(seconds / length)
+        if count > 1 or (count == 1 and unit == "hour"):
+            return f"{count} {unit}{'' if count == 1 else 's'}"
+    return f"{seconds} s"
 
 
 def models_by_provider(candidates: Iterable[Candidate]) -> str:
@@ -3020,66 +3041,86 @@ def models_by_provider(candidates: Iterable[Candidate]) -> str:
     return ", ".join(parts)
 
 
+class Workers:
+    """Threads that call a function. They are daemons: nobody has to wait for them at the end."""
+
+    def __init__(self, function: Callable[[Any], Any], most: int) -> None:
+        self._function = function
+        self._most = most
+        self._threads: List[threading.Thread] = []
+        self._todo: queue.Queue[Any] = queue.Queue()
+        self._done: queue.Queue[Any] = queue.Queue()
+
+    def submit(self, number: int, item: object) -> None:
+        """Have the function called for the item."""
+        self._todo.put((number, item))
+        if len(self._threads) < self._most:
+            thread = threading.Thread(target=self._work, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def next_result(self) -> Tuple[int, Any]:
+        """The number and the result of a call that has ended; its exception is raised."""
+        number, result, error = self._done.get()
+        if error is not None:
+            raise error
+        return number, result
+
+    def stop(self) -> None:
+        """Call the function for no more items."""
+        while not self._todo.empty():
+            with contextlib.suppress(queue.Empty):  # a thread was quicker
+                self._todo.get_nowait()
+        for _ in self._threads:
+            self._todo.put(None)
+
+    def _work(self) -> None:
+        for number, item in iter(self._todo.get, None):
+            try:
+                self._done.put((number, self._function(item), None))
+            except BaseException as error:  # noqa: BLE001 - next_result raises it
+                self._done.put((number, None, error))
+
+
 def work_through(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
 ) -> Iterator[Result]:
     """The results of the function, in the order of the items, from so many threads.
 
     The items are read only as far as needed: `ahead` for each worker. An exception of the function
-    comes out at once. The threads are daemons: whoever stops reading, or ends the program, does
-    not wait for them.
+    comes out at once.
     """
-    todo: queue.Queue[Any] = queue.Queue()
-    done: queue.Queue[Any] = queue.Queue()
+    pool = Workers(function, workers)
     numbered = enumerate(items)
     results: Dict[int, Result] = {}
-    threads: List[threading.Thread] = []
     submitted = 0
     given = 0
     try:
         while True:
-            for pair in itertools.islice(numbered, given + ahead * workers - submitted):
-                todo.put(pair)
+            for number, item in itertools.islice(numbered, given + ahead * workers - submitted):
+                pool.submit(number, item)
                 submitted += 1
-                if len(threads) < workers:
-                    arguments = (function, todo, done)
-                    thread = threading.Thread(target=work, args=arguments, daemon=True)
-                    thread.start()
-                    threads.append(thread)
             if given == submitted:
                 return
             while given not in results:
-                number, result, error = done.get()
-                if error is not None:
-                    raise error
+                number, result = pool.next_result()
                 results[number] = result
             yield results.pop(given)
             given += 1
     finally:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                todo.get_nowait()
-        for _ in threads:
-            todo.put(None)
-
-
-def work(function: Callable[[Item], Result], todo: Any, done: Any) -> None:
-    """A worker: calls the function for the numbered items of a queue, until there is a None."""
-    for number, item in iter(todo.get, None):
-        try:
-            done.put((number, function(item), None))
-        except BaseException as error:  # noqa: BLE001 - it is raised where the results are read
-            done.put((number, None, error))
+        pool.stop()
 
 
 def check_parameter_names(parameters: Json) -> None:
     """Raise ValueError for parameters that are not supported or look misspelt."""
     for name in parameters:
+        if not isinstance(name, str):
+            raise ValueError(f"a parameter's name must be text, not {name!r:.60}")
         if name in UNSUPPORTED:
             raise ValueError("tools, stream and n are not supported")
         if name in API_PARAMETERS:
             continue
-        near = difflib.get_close_matches(name, OUR_PARAMETERS, 1, 0.8)
+        near = difflib.get_close_matches(name, [*ARGUMENTS, "temperature"], 1, 0.8)
         if near and near[0] != name:
             raise ValueError(f"unknown parameter {name!r}: did you mean {near[0]!r}?")
 
@@ -3122,7 +3163,9 @@ def is_chat_model(entry: object, free_only: bool) -> bool:
     name = dig(entry, "id")
     if not isinstance(name, str) or not re.fullmatch(r"[\w./:@~+-]{1,200}", name):
         return False
-    if NOT_CHAT.search(name.lower()) or dig(entry, "active") is False:
+    if NOT_CHAT.search(name.lower()) or is_moderation_model(name):
+        return False
+    if dig(entry, "active") is False:
         return False
 
     modalities = dig(entry, "output_modalities") or dig(entry, "architecture", "output_modalities")
@@ -3210,19 +3253,26 @@ class Walk:
         self._is_live = is_live
         self._parts = parts
         self._config = config
+        self._narrator = Narrator(config)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start the clock of the question."""
+        parts = self._parts
+        self._trail = Trail(parts.clock)
+        self._deadline = parts.clock() + self._question.timeout
         self._line = Queue(
-            question.candidates,
-            question.deadline,
+            self._question.candidates,
+            self._deadline,
             parts.health,
-            config,
+            self._config,
             parts.clock,
             parts.chance,
         )
-        self._trail = Trail(parts.clock)
-        self._narrator = Narrator(config)
 
     def run(self) -> Generator[str, None, Answer]:
         """Ask whoever is next until one answers; live text comes out as it comes in."""
+        self._begin()  # a stream may be read long after it was made
         is_answered = False
         try:
             while True:
@@ -3279,7 +3329,7 @@ class Walk:
             with contextlib.closing(self._pieces(slot.candidate, draft, limit)) as pieces:
                 for piece in pieces:
                     if self._is_live and piece:
-                        limit.extend(self._question.deadline)  # it cannot be taken back
+                        limit.extend(self._deadline)  # it cannot be taken back
                         yield piece
             failure = draft.failure() or rejection(self._question.accept, draft.text)
         except Failure as caught:
@@ -3334,7 +3384,7 @@ class Walk:
         if name not in self._parts.searched and gone.issuperset(roster.models[name]):
             # Other threads do not wait for the list: they go on to the next provider.
             self._parts.searched.add(name)
-            served = self._parts.served_models(row, question.deadline)
+            served = self._parts.served_models(row, self._deadline)
             found = [model for model in served if model not in gone][:MOST_REPLACEMENTS]
             if found:
                 roster.models[name] = found
@@ -3381,7 +3431,7 @@ class Walk:
             return "All providers and models failed"
 
         what = "No answer"
-        if self._parts.clock() >= question.deadline - 0.01:
+        if self._parts.clock() >= self._deadline - 0.01:
             what = "No answer within the time limit"
         parts = [f"{what}; asked: {models_by_provider(asked) or 'nobody'}"]
         if unasked:
@@ -3394,7 +3444,7 @@ class Walk:
         """What to do about a failure."""
         row = candidate.row
         advice = failure.advice or failure.rule.advice
-        near = self._parts.roster.nearest_model(candidate.model)
+        near = self._parts.roster.nearest_model(candidate)
         if failure.verdict is Verdict.GONE and near:
             advice = f"did you mean {near}? --list-models shows all"
         words = {
@@ -3548,15 +3598,7 @@ class FallbackLLM:
         Why it failed is logged as an error. Arguments and other errors are those of `complete`.
         """
         checked = self._question(
-            question,
-            max_tokens,
-            provider,
-            model=model,
-            system=system,
-            messages=messages,
-            timeout=timeout,
-            accept=accept,
-            **parameters,
+            question, max_tokens, provider, model, system, messages, timeout, accept, parameters
         )
         try:
             return self._complete(checked).text
@@ -3588,15 +3630,7 @@ class FallbackLLM:
         and AnswerRefused.
         """
         checked = self._question(
-            question,
-            max_tokens,
-            provider,
-            model=model,
-            system=system,
-            messages=messages,
-            timeout=timeout,
-            accept=accept,
-            **parameters,
+            question, max_tokens, provider, model, system, messages, timeout, accept, parameters
         )
         return self._complete(checked)
 
@@ -3620,14 +3654,7 @@ class FallbackLLM:
         if "accept" in parameters:
             raise ValueError("accept is not for stream(): its text cannot be taken back")
         checked = self._question(
-            question,
-            max_tokens,
-            provider,
-            model=model,
-            system=system,
-            messages=messages,
-            timeout=timeout,
-            **parameters,
+            question, max_tokens, provider, model, system, messages, timeout, None, parameters
         )
         return Walk(checked, True, self._parts, self.retry_config).run()
 
@@ -3661,7 +3688,7 @@ class FallbackLLM:
             accept=accept,
         )
         with contextlib.suppress(NoProviderError):
-            self._question(**{**common, "question": "is all else right?"})
+            self._question_from({**common, "question": "is all else right?"})
         return self._answers(questions, max_workers, common)
 
     def get_stats(self) -> Dict[str, int]:
@@ -3674,16 +3701,15 @@ class FallbackLLM:
 
     def _question(
         self,
-        question: Optional[str] = None,
-        max_tokens: int = 500,
-        provider: Names = None,
-        *,
-        model: Optional[str] = None,
-        system: Optional[str] = None,
-        messages: Optional[Sequence[Json]] = None,
-        timeout: Optional[float] = None,
-        accept: Optional[Accept] = None,
-        **parameters: Any,
+        question: Optional[str],
+        max_tokens: int,
+        provider: Names,
+        model: Optional[str],
+        system: Optional[str],
+        messages: Optional[Sequence[Json]],
+        timeout: Optional[float],
+        accept: Optional[Accept],
+        parameters: Json,
     ) -> Question:
         """The question, checked. Raises ValueError, and NoProviderError."""
         check_parameter_names(parameters)
@@ -3695,10 +3721,8 @@ class FallbackLLM:
             fields["max_tokens"] = max_tokens
         if "temperature" in fields:
             check_number("temperature", fields["temperature"])
-        limit = self._timeout
         if timeout is not None:
             check_number("timeout", timeout)
-            limit = timeout
 
         fields["messages"] = conversation(question, system, messages)
         fields["stream"] = True
@@ -3707,14 +3731,16 @@ class FallbackLLM:
         candidates = self._parts.roster.candidates(provider, model)
         if parameters or messages:
             request_body(fields, "", {})  # ValueError for what JSON cannot carry
-        return Question(
-            fields,
-            candidates,
-            deadline=self._parts.clock() + limit,
-            accept=accept,
-            has_chosen_model=model is not None,
-            is_restricted=provider is not None or model is not None,
-        )
+        limit = self._timeout if timeout is None else timeout
+        return Question(fields, candidates, limit, accept, has_chosen_model=model is not None)
+
+    def _question_from(self, arguments: Json) -> Question:
+        """The question with these arguments of `complete`."""
+        parameters = dict(arguments)
+        known: Json = {}
+        for name, default in ARGUMENTS.items():
+            known[name] = parameters.pop(name, default)
+        return self._question(parameters=parameters, **known)
 
     def _answers(
         self, questions: Iterable[Union[str, Json]], max_workers: int, common: Json
@@ -3735,13 +3761,11 @@ class FallbackLLM:
     ) -> Union[Answer, FallbackLLMError, ValueError]:
         """The answer to a question with these arguments, or its error."""
         try:
-            question = self._question(**arguments)
+            question = self._question_from(arguments)
             question.cancelled = cancelled
             return self._complete(question)
         except (FallbackLLMError, ValueError) as error:
             return error
-        except TypeError as error:  # an argument's name is no text
-            return ValueError(str(error))
 
     def _complete(self, question: Question) -> Answer:
         """The answer to a checked question."""
@@ -3761,8 +3785,9 @@ PLAIN_WORDS = (("❌ Error", "Error"), ("❌ ", "Error: "), ("⚠️  ", "Warnin
 EMOJI = re.compile("[🚀✅❓🤔⏳🔄🎯💡⏱📊🔑🔎✂]\ufe0f? +")
 PUT_SIZE = 4096  # characters; one big write to a pipe may not notice that its reader has gone
 ENDINGS = """\
-keys: one of CEREBRAS_API_KEY, GROQ_API_KEY, OPENROUTER_API_KEY is enough, in the
-environment or in .env: here, beside this file, or in ~/.config/fallback_llm.
+keys: CEREBRAS_API_KEY, GROQ_API_KEY or OPENROUTER_API_KEY; one is enough. They
+are read from the environment and from .env files: in the current folder, beside
+this file and in ~/.config/fallback_llm.
 GROQ_MODELS=a,b replaces a model list, GROQ_BASE_URL (not in .env) an address.
 In a shell loop that reads lines, use --no-stdin, or better a --batch.
 exit codes: 0 answered (--check: a provider can answer), 1 no answer, 2 wrong
@@ -4073,6 +4098,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def check_combinations(args: argparse.Namespace) -> None:
     """Raise UsageError for options that do not go together."""
+    if args.output == "-":
+        args.output = None  # stdout, as without it
     is_batch = args.batch is not None
     for name in ("check", "list_models", "batch"):
         if getattr(args, name) and (args.question or args.file):
@@ -4398,7 +4425,9 @@ def list_models(llm: FallbackLLM, args: argparse.Namespace, console: Console) ->
         if not llm._parts.roster.key_problem(row):
             served = llm._parts.served_models(row)
         if not served:
-            console.say(f"{row.name}: its own list is not to be had, these are the ones we ask")
+            logger.warning(
+                "⚠️  %s: its own list is not available; these are the ones we ask", row.name
+            )
         asked = llm.models[row.name]
         models = [model for model in asked if model in served or not served]
         models.extend(model for model in served if model not in asked)
@@ -4541,7 +4570,7 @@ class Batch:
             if self._args.output is not None:
                 self._output = stack.enter_context(self._opened_output())
             self._total = sum(1 for _ in self._open_questions(source))
-            if self._total == 0 and not self._answered:
+            if self._total == 0 and not self._answered and not self._args.quiet:
                 self._console.say(f"⚠️  {path} holds no question")
 
             stack.callback(self._cancelled.set)  # whatever ends the batch ends its questions
@@ -4568,7 +4597,7 @@ class Batch:
                     raise ValueError(f"duplicate id {line.id!r}")
                 seen.add(line.id)
                 self._refuse_other_question(line)
-                self._llm._question(**{**self._common, **line.fields})
+                self._llm._question_from({**self._common, **line.fields})
             except (ValueError, TypeError, RecursionError) as error:
                 raise UsageError(f"--batch {self._args.batch}: line {number}: {error}") from None
             if line.id not in self._answered:
@@ -4644,7 +4673,7 @@ class Batch:
             file.close()
             os.unlink(temporary)
             raise
-        if other_flags:
+        if other_flags and not self._args.quiet:
             self._console.say(
                 f"⚠️  {other_flags} answers in {self._args.output} were given with other flags "
                 "(such as -m or -s) and are kept; use another -o to ask again"
