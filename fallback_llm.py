@@ -1253,6 +1253,14 @@ class EventDecoder:
         return Event(data, kind) if data else None
 
 
+def events_in(chunks: Iterable[bytes]) -> Iterator[Event]:
+    """The events of a body, as they are complete."""
+    decoder = EventDecoder()
+    for chunk in chunks:
+        yield from decoder.feed(chunk)
+    yield from decoder.end()
+
+
 def without_fields(block: str) -> str:
     """The lines of a plain body that are neither comments nor fields of an event stream."""
     lines = []
@@ -1552,10 +1560,12 @@ class TimeLimit:
 
     def __init__(self, clock: Clock, deadline: float, idle_timeout: float) -> None:
         self.is_settled = False  # all that matters has come: running out of time is no failure
+        self._is_finished = False
         self.has_connected = False  # a connection was opened for this exchange
         self.is_reused = False  # an earlier exchange had opened it
         self._clock = clock
         self._deadline = deadline
+        self._allowed = deadline - clock()
         self._idle_timeout = idle_timeout
         self._idle_until = clock() + idle_timeout
 
@@ -1576,6 +1586,12 @@ class TimeLimit:
         self.is_settled = True
         self._idle_until = self._clock() + min(grace, self._idle_timeout)
 
+    def finish(self) -> None:
+        """The end was said: what else comes, however much, gets a moment once."""
+        if not self._is_finished:
+            self._is_finished = True
+            self.settle(END_GRACE)
+
     def extend(self, deadline: float) -> None:
         """Move the deadline: what is being shown cannot be taken back."""
         self._deadline = deadline
@@ -1586,7 +1602,7 @@ class TimeLimit:
         if now >= self._deadline - 0.01:  # a socket may time out a little early
             return Failure(
                 Verdict.FAULT,
-                "no answer within the time limit",
+                f"no answer within {self._allowed:.3g} s of the time limit",
                 is_blameless=True,
                 advice="raise the time limit (--timeout)",
             )
@@ -1910,12 +1926,11 @@ class Transport:
             if not reply.is_success:
                 limit.settle(USAGE_GRACE)
 
-            decoder = EventDecoder()
-            for chunk in reply.chunks():
-                for event in decoder.feed(chunk):
-                    yield from self._take(event, draft, reply)
-            for event in decoder.end():
-                yield from self._take(event, draft, reply)
+            for event in events_in(reply.chunks()):
+                text = self._take(event, draft, reply)
+                if text:
+                    yield text
+                note_progress(draft, limit, has_text=bool(text))
             yield draft.end()
 
     def get(self, row: Provider, path: str, key: str, deadline: float) -> Json:
@@ -1927,26 +1942,16 @@ class Transport:
                 raise judge(reply.status, reply.headers, body, self._wall_clock())
             return body
 
-    def _take(self, event: Event, draft: Draft, reply: Reply) -> Iterator[str]:
-        """Give an event to the draft, and tell the time limit what it means."""
-        now = self._wall_clock()
+    def _take(self, event: Event, draft: Draft, reply: Reply) -> str:
+        """The text of an event. Raises Failure for an error."""
         if not reply.is_success:
-            raise judge(reply.status, reply.headers, parsed(event.data), now)
+            body = parsed(event.data)
+            raise judge(reply.status, reply.headers, body, self._wall_clock())
         try:
-            text = draft.take(event)
+            return draft.take(event)
         except ErrorInside as error:
+            now = self._wall_clock()
             raise judge(200, reply.headers, error.body, now) from None
-        if text:
-            yield text
-
-        limit = reply.limit
-        if draft.is_done:
-            limit.settle(END_GRACE)
-        elif draft.is_settled and draft.is_progress:
-            limit.settle(USAGE_GRACE)
-        elif draft.is_progress or text:  # a caller may have taken its time over the text
-            limit.is_settled = False
-            limit.progress()
 
     def _open(
         self,
@@ -2034,6 +2039,17 @@ class Transport:
                 advice="check HTTPS_PROXY: special characters in a password must be %-encoded",
             )
         return dict(proxies)
+
+
+def note_progress(draft: Draft, limit: TimeLimit, has_text: bool) -> None:
+    """Tell the time limit what the latest event of a draft means."""
+    if draft.is_done:
+        limit.finish()
+    elif draft.is_settled and draft.is_progress:
+        limit.settle(USAGE_GRACE)
+    elif draft.is_progress or has_text:  # a caller may have taken its time over the text
+        limit.is_settled = False
+        limit.progress()
 
 
 def causes_of(error: BaseException) -> List[BaseException]:
@@ -2275,13 +2291,13 @@ class Outlook(NamedTuple):
     is_later: bool  # it failed lately, or somebody is trying it just now
 
 
-@dataclasses.dataclass(eq=False)
 class Slot:
     """The right to ask a candidate at a certain time."""
 
-    candidate: Candidate
-    taken_at: float
-    is_begun: bool = False  # its request was sent
+    def __init__(self, candidate: Candidate, taken_at: float) -> None:
+        self.candidate = candidate
+        self.taken_at = taken_at
+        self.is_begun = False  # its request was sent
 
 
 class Health:
@@ -2502,6 +2518,9 @@ def room_in(headers: Mapping[str, str], tokens: int) -> Optional[int]:
 # --- 7. Queue: who is next, and how long to wait ------------------------------------------------
 
 
+MIN_SHARE = 0.1  # seconds; an attempt that gets less is not worth a request
+
+
 @dataclasses.dataclass(eq=False)
 class Turn:
     """A candidate in the line of one question."""
@@ -2592,8 +2611,9 @@ class Queue:
             return self.deadline
         with self._health.lock:
             others = [option for option in self._options(now) if option.turn is not turn]
-        if any(option.wait == 0 for option in others):
-            return now + (self.deadline - now) / 2
+        share = (self.deadline - now) / 2
+        if share >= MIN_SHARE and any(option.wait == 0 for option in others):
+            return now + share
         return self.deadline
 
     def failed(self, asked: Turn, failure: Failure) -> None:
@@ -2607,16 +2627,17 @@ class Queue:
             return
 
         end = 1 + max(turn.place for turn in self._line)
+        jitter = 0.8 + 0.2 * self._chance() if self._config.jitter else 1.0
         siblings = [turn for turn in self._line if turn.candidate.row is asked.candidate.row]
         for turn in siblings:
             if failure.delays_siblings:
                 turn.place = end
             if turn is asked or failure.reaches_provider:
-                self._punish(turn, failure, now, end)
+                self._punish(turn, failure, jitter, now, end)
         if asked.place == end:
             asked.place = end + 1  # behind its siblings
 
-    def _punish(self, turn: Turn, failure: Failure, now: float, end: int) -> None:
+    def _punish(self, turn: Turn, failure: Failure, jitter: float, now: float, end: int) -> None:
         """Put a turn out of the line, or at its end, or let it wait where it is."""
         turn.attempts += 1
         if not failure.rule.asked_again:
@@ -2624,10 +2645,7 @@ class Queue:
             return
 
         due = self._config.backoff(turn.attempts)
-        pause = due
-        if self._config.jitter:
-            pause *= 0.8 + 0.2 * self._chance()
-        wait = max(pause, failure.hint or 0.0)
+        wait = max(due * jitter, failure.hint or 0.0)
         turn.ready_at = now + wait
         is_limit = failure.verdict is Verdict.RATE_LIMITED and self._config.wait_on_rate_limit
         if is_limit and wait <= due:
@@ -2639,10 +2657,6 @@ class Queue:
     def add(self, candidates: Iterable[Candidate]) -> None:
         """Put new candidates at the front of the line."""
         self._line[:0] = [Turn(candidate) for candidate in candidates]
-
-    def unasked(self) -> List[Candidate]:
-        """The candidates that were never asked."""
-        return [turn.candidate for turn in self._line if turn.attempts == 0]
 
     def _options(self, now: float) -> List[Option]:
         """Those who have attempts left, in the order of the line; the caller holds the lock."""
@@ -2946,7 +2960,10 @@ class Trail:
         )
 
     def was_asked(self, candidate: Candidate) -> bool:
+        """Whether a candidate was asked, or a failure of its provider stands for it."""
         name, model = candidate.row.name, candidate.model
+        if name in self.failures and self.failures[name][1].reaches_provider:
+            return True
         return any(a.provider == name and a.model == model for a in self.attempts)
 
     def gone_models(self, provider: str) -> Set[str]:
@@ -2982,10 +2999,12 @@ class Narrator:
         self._provider = name
 
     def waiting(self, step: Step) -> None:
-        if step.turn.attempts:
+        name = step.turn.candidate.row.name
+        if step.slot is None:
+            logger.debug("⏳ Waiting %.2fs for others to be answered by %s", step.wait, name)
+        elif step.turn.attempts:
             logger.info("⏳ Waiting %.2fs before retry...", step.wait)
         else:
-            name = step.turn.candidate.row.name
             logger.info("⏳ Waiting %.2fs: %s is rate-limited", step.wait, name)
 
     def answered(self, candidate: Candidate, trail: Trail) -> None:

@@ -103,7 +103,7 @@ def pages() -> dict[str, Page]:
         "empty": Page(plain(None)),
         "cut": Page(stream(ANSWER, whole=False), keep=False),
         "silent": Page(b"", 3600),
-        "429-eager": Page(limited("Retry-After: 10\r\n")),
+        "429-no-wait": Page(limited("Retry-After: 10\r\n")),
         "window": Page(limited("Retry-After: 1\r\n")),
     }
 
@@ -355,11 +355,11 @@ class Bench:
         connection.close()
         return counts
 
-    def client(self, *urls: str, silence: float = 60.0, **retry: Any) -> FallbackLLM:
+    def client(self, *urls: str, idle_timeout: float = 60.0, **retry: Any) -> FallbackLLM:
         """The module, with a provider for each URL."""
         from fallback_llm import FallbackLLM, Provider, RetryConfig
 
-        rows = [Provider(f"p{n}", url, None, ("m",), silence) for n, url in enumerate(urls)]
+        rows = [Provider(f"p{n}", url, None, ("m",), idle_timeout) for n, url in enumerate(urls)]
         return FallbackLLM(RetryConfig(**retry), providers=rows)
 
     def ask(self, *urls: str, answer: str = ANSWER, **settings: Any) -> Call:
@@ -480,10 +480,10 @@ def faults(bench: Bench) -> Iterator[Row]:
 
     with socket.socket() as nobody:  # bound, but it does not listen
         nobody.bind(("127.0.0.1", 0))
-        for fault in ("refused", "503", "200-with-an-error", "empty", "cut", "429-eager"):
+        for fault in ("refused", "503", "200-with-an-error", "empty", "cut", "429-no-wait"):
             port = nobody.getsockname()[1] if fault == "refused" else None
             urls = (bench.url(fault, port), bench.url("json"))
-            ask = partial(bench.ask, *urls, eager=fault == "429-eager")
+            ask = partial(bench.ask, *urls, wait_on_rate_limit=fault != "429-no-wait")
             measures = (partial(seconds, ask), partial(seconds, partial(bare, *urls)))
             ours, yardstick = in_turns(bench.rounds(100), *measures)
             beside = f"the same two posts: {median(yardstick, 'ms', 1000)}"
@@ -493,11 +493,11 @@ def faults(bench: Bench) -> Iterator[Row]:
 def waits(bench: Bench) -> Iterator[Row]:
     """Silence, and Retry-After."""
     urls = [bench.url(name) for name in ("silent", "window", "json")]
-    silent = partial(bench.ask, urls[0], urls[2], silence=0.5)
+    silent = partial(bench.ask, urls[0], urls[2], idle_timeout=0.5)
     late = [1000 * (seconds(silent) - 0.5) for _ in range(bench.rounds(30))]
     yield Row("first provider: silent, time beyond it", late, "50 ms", "", "ms")
-    for what, chosen in ("eager", urls[1:]), ("patient", urls[1:2]):
-        ask = bench.ask(*chosen, eager=what == "eager", base_delay=0.1)
+    for what, chosen in ("not waiting", urls[1:]), ("waiting", urls[1:2]):
+        ask = bench.ask(*chosen, wait_on_rate_limit=what == "waiting", base_delay=0.1)
         for _ in range(50):
             checked(ask)
             time.sleep(0.05)  # so that windows end and begin

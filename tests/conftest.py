@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import pty
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 import time
+import unicodedata
 from pathlib import Path
 from typing import IO, Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
@@ -34,13 +40,15 @@ class Process:
 
     def __init__(self, command: Sequence[Any], more: Mapping[str, Any]) -> None:
         self._stack = contextlib.ExitStack()
-        self._stdout, self._stderr = (
-            self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - close() does
-            for _ in range(2)
-        )
+        self._stdout = self._temporary_file()
+        self._stderr = self._temporary_file()
         streams = {"stdout": self._stdout, "stderr": self._stderr}
         self.popen: subprocess.Popen[bytes] = subprocess.Popen(command, **{**streams, **more})
         self._stack.enter_context(self.popen)
+
+    def _temporary_file(self) -> IO[bytes]:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
+        return self._stack.enter_context(file)
 
     @property
     def stdout(self) -> str:
@@ -74,6 +82,98 @@ def _content(file: IO[bytes]) -> str:
     """All of it, read without moving the position at which a process writes."""
     content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
     return content.decode("utf-8", "surrogateescape")
+
+
+class Terminal:
+    """A pseudo-terminal: a process writes to `end`, and `screen` is what its user then sees."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self._user, self.end = pty.openpty()
+        fcntl.ioctl(self.end, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+        self._received = b""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def received(self) -> str:
+        """All that was written to it so far."""
+        return self._received.decode("utf-8", "surrogateescape").replace("\r\n", "\n")
+
+    @property
+    def screen(self) -> str:
+        """The lines that it shows, as if it were endlessly high, without blanks at their ends."""
+        screen = _Screen(self.columns)
+        for character in self.received:
+            screen.put(character)
+        return "".join(line + "\n" for line in screen.lines())
+
+    def type(self, keys: bytes) -> None:
+        """What the user types; b"\\x03" is Ctrl-C, for who has it as controlling terminal."""
+        os.write(self._user, keys)
+
+    def finish(self) -> None:
+        """Waits until all that processes wrote has arrived, when they have ended."""
+        if self.end >= 0:
+            os.close(self.end)
+            self.end = -1
+        self._reader.join(PATIENCE)
+
+    def close(self) -> None:
+        self.finish()
+        os.close(self._user)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # how Linux says that it is the end
+            for part in iter(lambda: os.read(self._user, 65536), b""):
+                self._received += part
+
+
+class _Screen:
+    """The cells of a terminal that knows newline, carriage return, and wraps at its edge."""
+
+    def __init__(self, columns: int) -> None:
+        self._columns = columns
+        self._rows: list[dict[int, str]] = [{}]
+        self._row = 0
+        self._column = 0
+
+    def put(self, character: str) -> None:
+        if character == "\n":
+            self._next_row()
+        elif character == "\r":
+            self._column = 0
+        else:
+            assert character.isprintable() or character in "\t\ufe0f", repr(character)
+            self._show(character)
+
+    def lines(self) -> list[str]:
+        """The rows down to the last one with something in it."""
+        lines = []
+        for row in self._rows:
+            cells = [row.get(column, " ") for column in range(max(row, default=-1) + 1)]
+            lines.append("".join(cells).rstrip())
+        while lines and not lines[-1]:
+            del lines[-1]
+        return lines
+
+    def _show(self, character: str) -> None:
+        width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if character == "\ufe0f":  # it makes an emoji of the one before
+            self._rows[self._row][max(0, self._column - 1)] += character
+            return
+        if self._column + width > self._columns:
+            self._next_row()
+        self._rows[self._row][self._column] = character
+        if width == 2:
+            self._rows[self._row][self._column + 1] = ""
+        self._column += width
+
+    def _next_row(self) -> None:
+        self._row += 1
+        self._column = 0
+        if self._row == len(self._rows):
+            self._rows.append({})
 
 
 class Program:
@@ -140,6 +240,22 @@ class Program:
         if isinstance(stdin, bytes):
             process.say(stdin)
         return process
+
+    def terminal(self, columns: int = 80) -> Terminal:
+        """A new terminal, of which `end` can be a stream of the program."""
+        terminal = Terminal(columns)
+        self.stack.callback(terminal.close)
+        return terminal
+
+    def on_terminal(
+        self, *arguments: str, columns: int = 80, env: Mapping[str, str | None] | None = None
+    ) -> tuple[int, Terminal]:
+        """Its exit code, and the terminal that was all of its streams."""
+        terminal = self.terminal(columns)
+        end = terminal.end
+        code = self(*arguments, env=env, stdin=end, stdout=end, stderr=end).code
+        terminal.finish()
+        return code, terminal
 
 
 def until(condition: Callable[[], Any]) -> None:

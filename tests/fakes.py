@@ -1,30 +1,41 @@
 """A clock that only sleeping moves, and a server that follows a script: tests without waiting.
 
-world = World({"a": [limited(7), says("Paris.")]})
-world.llm.complete("Where?").text        # "Paris."
-world.asked, world.slept                 # "aa", [7.0]
+    world = World({"a": [limited(7), says("Paris.")]})
+    world.llm.complete("Where?").text        # "Paris."
+    world.asked, world.slept                 # "aa", [7.0]
+
+And many threads that share a client and such a clock; every run of a crowd is the same:
+
+    crowd = Crowd(50, {"a": [Metered(Quota(10))]})   # Quota: of the emulator, ten a minute
+    crowd.ask(200)
+    crowd.refused, crowd.lost, crowd.share   # requests, questions, of the ideal throughput
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import heapq
 import http.client
 import io
+import itertools
 import json
 import threading
-from typing import Any, Callable, Dict, Mapping, NamedTuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
 from urllib.parse import urlsplit
 
 import requests
+from emulator import Quota, admit
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPResponse
 
-from fallback_llm import FallbackLLM, Provider, RetryConfig
+from fallback_llm import Answer, FallbackLLM, FallbackLLMError, Provider, RetryConfig
 
 Json = Dict[str, Any]
 Script = Mapping[str, Any]  # model: a list of Reply, or of what makes one of an Asked
 EPOCH = 1790000000.0  # what the wall clock shows when the other one shows 0
 DONE = b"data: [DONE]\n\n"
+STUCK = 10.0  # real seconds; only a test that fails waits so long
 
 
 class Asked(NamedTuple):
@@ -74,8 +85,11 @@ def fails(status: int = 500, **more: Any) -> Reply:
 
 
 class FakeClock:
+    """Time that passes when the program sleeps or waits for the server."""
+
     def __init__(self) -> None:
-        self.now, self.slept = 0.0, []  # type: float, list[float]
+        self.now = 0.0
+        self.slept: list[float] = []
 
     def time(self) -> float:
         return self.now
@@ -85,7 +99,73 @@ class FakeClock:
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
+        self.wait(seconds)
+
+    def wait(self, seconds: float) -> None:
+        """Lets time pass that the program did not ask for."""
         self.now += seconds
+
+
+class SharedClock(FakeClock):
+    """Time for threads: it goes on when all of them wait, to the first who wakes.
+
+    One thread runs at a time, until it waits; who wakes at the same moment goes by who waited
+    first. So every run is the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: List[Tuple[float, int, threading.Event]] = []  # a heap
+        self._numbers = itertools.count()
+        self._turns = 0  # how often a thread was woken
+
+    def wait(self, seconds: float) -> None:
+        turn = self._turn_in(seconds)
+        self._wake_first()
+        self._stand_by(turn)
+
+    def run(self, tasks: Iterable[Callable[[], object]]) -> None:
+        """Runs each task in a thread; returns when all have ended. Raises what one of them did."""
+        errors: list[BaseException] = []
+
+        def work(task: Callable[[], object], turn: threading.Event, end: threading.Event) -> None:
+            turn.wait()
+            try:
+                task()
+            except BaseException as error:  # noqa: BLE001 - it is raised again below
+                errors.append(error)
+            finally:
+                end.set()
+                self._wake_first()
+
+        ends = []
+        for task in tasks:
+            end = threading.Event()
+            arguments = (task, self._turn_in(0.0), end)
+            threading.Thread(target=work, args=arguments, daemon=True).start()
+            ends.append(end)
+        self._wake_first()
+        for end in ends:
+            self._stand_by(end)
+        for error in errors:
+            raise error
+
+    def _turn_in(self, seconds: float) -> threading.Event:
+        turn = threading.Event()
+        heapq.heappush(self._waiting, (self.now + seconds, next(self._numbers), turn))
+        return turn
+
+    def _wake_first(self) -> None:
+        if self._waiting:
+            self._turns += 1
+            self.now, _, turn = heapq.heappop(self._waiting)
+            turn.set()
+
+    def _stand_by(self, event: threading.Event) -> None:
+        turns = -1
+        while not event.wait(STUCK):
+            assert turns != self._turns, "a thread runs for ever, or waits for a lock"
+            turns = self._turns
 
 
 class Body(io.RawIOBase):
@@ -105,7 +185,7 @@ class Body(io.RawIOBase):
             if isinstance(piece, Exception):
                 raise piece
             if isinstance(piece, (int, float)):
-                self._clock.now += piece
+                self._clock.wait(piece)
             elif piece:
                 size = min(len(buffer), len(piece))
                 buffer[:size] = piece[:size]
@@ -143,7 +223,7 @@ class FakeServer(HTTPAdapter):
             reply.meanwhile()
         self.settings, timeout = settings, settings.get("timeout")
         longest = timeout[1] if isinstance(timeout, tuple) else timeout
-        self.clock.now += reply.takes if longest is None else min(reply.takes, longest)
+        self.clock.wait(reply.takes if longest is None else min(reply.takes, longest))
         if longest is not None and reply.takes > longest:
             raise requests.ReadTimeout("Read timed out.", request=request)
         if reply.error is not None:
@@ -170,15 +250,17 @@ class World:
     Settings are those of RetryConfig and of FallbackLLM.
     """
 
-    def __init__(self, script: Script | None = None, **settings: Any) -> None:
+    def __init__(
+        self, script: Script | None = None, clock: FakeClock | None = None, **settings: Any
+    ) -> None:
         fields = [field.name for field in dataclasses.fields(RetryConfig) if field.name in settings]
         config = RetryConfig(**{"jitter": False, **{name: settings.pop(name) for name in fields}})
-        self.clock = FakeClock()
+        self.clock = FakeClock() if clock is None else clock
         self.server = FakeServer(self.clock, script or {})
         session = requests.Session()
         for scheme in ("https://", "http://"):
             session.mount(scheme, self.server)
-        clocks = {"clock": self.clock.time, "wall_clock": self.clock.epoch}
+        clocks: Json = {"clock": self.clock.time, "wall_clock": self.clock.epoch}
         settings = {"providers": ROWS, **clocks, "sleep": self.clock.sleep, **settings}
         self.llm = FallbackLLM(config, session=session, **settings)
 
@@ -190,3 +272,133 @@ class World:
     @property
     def slept(self) -> list[float]:
         return self.clock.slept
+
+
+class Metered:
+    """The replies of a model with quotas: an answer, or a 429 that says when there is room.
+
+    account: quotas that all models of the provider share. takes, refuses_in: seconds until an
+    answer or a refusal comes. remaining: answers tell how many more requests there is room for.
+    Quotas that are not `told` give no hint.
+    """
+
+    def __init__(
+        self,
+        *quotas: Quota,
+        account: Sequence[Quota] = (),
+        takes: float = 1.0,
+        refuses_in: float = 0.05,
+        remaining: bool = False,
+    ) -> None:
+        self.quotas = [*quotas, *account]
+        self.takes = takes
+        self._account = account
+        self._refuses_in = refuses_in
+        self._remaining = remaining
+
+    def __call__(self, asked: Asked) -> Reply:
+        refused = admit(self.quotas, asked.body, asked.at)
+        if refused is None:
+            headers = {}
+            if self._remaining:
+                left = min(quota.remaining for quota in self.quotas)
+                headers["x-ratelimit-remaining-requests"] = str(left)
+            body = says(asked.model.upper()).body
+            return Reply(200, body, headers, takes=self.takes)
+
+        quota, wait = refused
+        reply = limited(wait if quota.told else None, takes=self._refuses_in)
+        if quota in self._account:
+            metadata = {"limit_source": "openrouter_free_tier_per_minute"}
+            reply = dataclasses.replace(reply, body={"error": {"metadata": metadata}})
+        return reply
+
+
+class Crowd(World):
+    """Threads that share one client, and ask as fast as it lets them.
+
+    Settings are those of World. A model that is not in the script answers at once.
+    """
+
+    def __init__(self, threads: int, script: Script, **settings: Any) -> None:
+        super().__init__(script, SharedClock(), **settings)
+        self.threads = threads
+        self.answers: list[Answer] = []
+        self.errors: list[FallbackLLMError] = []
+        self.took = 0.0  # virtual seconds, from the first question to the last answer
+        self.ideal = 0.0  # the same for a client that knows the quotas
+        self._script = script
+
+    def ask(self, questions: int, **arguments: Any) -> None:
+        """Asks so many questions; each thread takes the next when it has done with one."""
+        self.ideal = ideal(self._script, self.threads, questions, self.clock.now)
+        todo = iter(range(questions))
+
+        def work() -> None:
+            for number in todo:
+                try:
+                    answer = self.llm.complete(f"Where is {number}?", **arguments)
+                    self.answers.append(answer)
+                except FallbackLLMError as error:
+                    self.errors.append(error)
+
+        start = self.clock.now
+        self.run([work] * min(self.threads, questions))
+        self.took = self.clock.now - start
+
+    def run(self, tasks: Iterable[Callable[[], object]]) -> None:
+        """Runs each task in a thread of its own, in virtual time."""
+        assert isinstance(self.clock, SharedClock)
+        self.clock.run(tasks)
+
+    @property
+    def refused(self) -> int:
+        """The requests that met a 429."""
+        return self.llm.get_stats()["rate_limited_requests"]
+
+    @property
+    def lost(self) -> int:
+        """The questions that got no answer."""
+        return len(self.errors)
+
+    @property
+    def share(self) -> float:
+        """Of the throughput of the ideal client."""
+        return self.ideal / self.took
+
+    def __str__(self) -> str:
+        refused = 100 * self.refused / max(1, len(self.answers))
+        return (
+            f"{self.threads} threads: {100 * self.share:.0f} % of the ideal, {refused:.1f} refused "
+            f"per 100 answers, {self.lost} lost, {self.took:.0f} s ({self.ideal:.0f} s)"
+        )
+
+
+def ideal(script: Script, threads: int, questions: int, now: float) -> float:
+    """Seconds until a client that knows the quotas of the models has all answers.
+
+    Whenever a thread is free and a model has quota left, it asks: the quickest of those.
+    """
+    planned = [replies[0] for replies in copy.deepcopy(dict(script)).values()]
+    models = [reply for reply in planned if isinstance(reply, Metered)]
+    models.sort(key=lambda model: model.takes)
+    if not models:
+        return 0.0
+    body = {"messages": [{"role": "user", "content": "Where is 0?"}], "max_tokens": 500}
+    start = now
+    begun = 0
+    ends: list[float] = []  # of those that are under way; a heap
+    while begun < questions:
+        waits = []
+        for model in models:
+            while begun < questions and len(ends) < threads:
+                refused = admit(model.quotas, body, now)
+                if refused is not None:
+                    waits.append(refused[1])
+                    break
+                heapq.heappush(ends, now + model.takes)
+                begun += 1
+        now = min([now + max(wait, 1e-6) for wait in waits] + ends[:1])
+        while ends and ends[0] <= now:
+            heapq.heappop(ends)
+    return max(ends, default=now) - start

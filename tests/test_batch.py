@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import signal
 import subprocess
@@ -20,6 +18,7 @@ QUESTIONS = [f"question {number}" for number in range(1, 41)]
 BATCH = ["--batch", "questions.txt"]
 TO_FILE = [*BATCH, "-o", "answers.jsonl"]
 SILENCE = Reply(fault="silence")
+LITTLE = ["/bin/sh", "-c", 'ulimit -f 8 && exec "$@"', "-"]  # no file may grow over 4 KiB
 
 
 @pytest.fixture
@@ -75,13 +74,12 @@ def test_a_file_of_questions(run: Program, questions: Path, answers: Path) -> No
     assert sorted(run.questions) == sorted(QUESTIONS)
     assert_complete(run, answers)
     first = records(answers.read_text())[0]
-    assert (first["provider"], first["model"], first["finish_reason"]) == (
-        "cerebras",
-        "one",
-        "stop",
-    )
+    assert (first["provider"], first["model"]) == ("cerebras", "one")
+    assert first["finish_reason"] == "stop"
     assert [attempt["status"] for attempt in first["attempts"]] == [200]
     assert first["usage"]["prompt_tokens"] == 20
+    for digest in ("line_digest", "flags_digest"):
+        assert re.fullmatch(r"\w{8,}", first[digest])
     assert first["elapsed_seconds"] >= 0
     assert "   successful_requests: 40\n" in result.stderr
     assert re.search(r"\b40 answered\b", result.stderr)
@@ -133,11 +131,63 @@ def test_a_failed_question(run: Program, questions: Path, answers: Path) -> None
     assert (result.code, sorted(map(str, done))) == (1, ["1", "3", "bad"])
     assert done["bad"]["answer"] is None
     assert "400" in done["bad"]["error"]
-    assert re.search(r"\b1 failed\b", result.stderr.splitlines()[-1])
+    assert re.search(r"^2 answered, 1 failed\n +1 x groq: 400 ", result.stderr, re.MULTILINE)
+    assert "same command again" in result.stderr
     run.emulator.plan("groq/bad")
     assert run(*TO_FILE, "-q") == (0, "", "")
     assert run.models[3:] == ["bad"]
     assert len(records(answers.read_text())) == 3
+
+
+def test_why_a_batch_failed(run: Program, questions: Path) -> None:
+    """The commonest reasons are told with their counts, under -q as well."""
+    lines_of_input = []
+    for model, count in (("rare", 1), ("often", 5), ("common", 3)):
+        run.emulator.plan(f"groq/{model}", Reply(400, body={"error": {"message": f"{model} no"}}))
+        lines_of_input.extend([json.dumps({"question": "q", "model": f"groq:{model}"})] * count)
+    questions.write_text("\n".join(lines_of_input))
+    result = run(*BATCH, "-q")
+    assert result.code == 1
+    head, *reasons = result.stderr.splitlines()
+    assert head == "0 answered, 9 failed"
+    told = [re.findall(r"^ +(\d+) x groq: 400 .*?(\w+) no$", reason) for reason in reasons]
+    assert told == [[("5", "often")], [("3", "common")], [("1", "rare")]]
+
+
+def test_answers_that_are_json(run: Program, questions: Path, answers: Path) -> None:
+    """With --expect-json an answer is a JSON value; what is none is asked of the next model."""
+    questions.write_text("one\ntwo\n")
+    run.emulator.plan("cerebras", Reply(text='```json\n{"a": [1, null]}\n```'))
+    assert run(*TO_FILE, "--expect-json").code == 0
+    assert [record["answer"] for record in records(answers.read_text())] == [{"a": [1, None]}] * 2
+    run.emulator.plan("cerebras", Reply(text="Paris."))
+    run.emulator.plan("groq", Reply(text="[]"))
+    result = run(*BATCH, "--expect-json", "--workers", "1")
+    assert result.code == 0
+    for record in records(result.stdout):
+        assert (record["answer"], record["error"], record["provider"]) == ([], None, "groq")
+
+
+def test_an_answer_that_is_null(run: Program, questions: Path, answers: Path) -> None:
+    """The JSON value null is an answer too: it is not paid for again."""
+    questions.write_text("one\n")
+    run.plan(Reply(text="null"))
+    assert run(*TO_FILE, "--expect-json").code == 0
+    assert run(*TO_FILE, "--expect-json").code == 0
+    assert run.questions == ["one"]
+    (record,) = records(answers.read_text())
+    assert (record["answer"], record["error"]) == (None, None)
+
+
+def test_no_answer_is_json(run: Program, questions: Path) -> None:
+    """A question without an acceptable answer has failed, and says why."""
+    questions.write_text("one\n")
+    result = run(*BATCH, "--expect-json", "--max-attempts", "1", "-q")
+    assert result.code == 1
+    (record,) = records(result.stdout)
+    assert record["answer"] is None
+    assert "not accepted" in record["error"]
+    assert "not accepted" in result.stderr
 
 
 # --- What is refused ----------------------------------------------------------------------------
@@ -161,6 +211,99 @@ def test_a_bad_line(run: Program, questions: Path, line: str) -> None:
     """The whole input is checked, and a bad line named, before anything is sent."""
     questions.write_text(f"fine\n\n{line}\nfine\n")
     refused(run, TO_FILE, "questions.txt", "line 3")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"id": 1, "question": "q"}', "duplicate id 1"),
+        ('{"id": 1.5, "question": "q"}', "1.5"),
+        ('{"id": null, "question": "q"}', "id must be"),
+        ('{"id": [1], "question": "q"}', "id must be"),
+        ('{"q": "q"}', "'q'"),
+        ('{"id": "x", "prompt": "q"}', "'prompt'"),
+        ('{"question": "q", "sytem": "S"}', "did you mean 'system'"),
+    ],
+)
+def test_what_is_wrong_with_a_line(run: Program, questions: Path, line: str, words: str) -> None:
+    """An id, a name of a field: it says which."""
+    questions.write_text(f"fine\n{line}\n")
+    refused(run, BATCH, "line 2", words)
+
+
+def test_an_edited_file_of_questions(run: Program, questions: Path, answers: Path) -> None:
+    """Whatever of a question was changed, its old answer is not taken for the new one's."""
+    message: Json = {"role": "user", "content": "talk"}
+    line: Json = {"messages": [message], "system": "S", "model": "groq:two"}
+    questions.write_text(json.dumps(line) + "\nlast\n")
+    assert run(*TO_FILE).code == 0
+    before = answers.read_text()
+    told = (
+        "differs from the question answered as id 1 in answers.jsonl; use another -o, or give ids"
+    )
+    changed: list[Json] = [
+        {**line, "messages": [{**message, "content": "listen"}]},
+        {**line, "system": "T"},
+        {**line, "model": "groq:other"},
+        {**line, "temperature": 0},
+        {"question": "a line that was inserted on top"},
+    ]
+    for fields in changed:
+        questions.write_text(f"{json.dumps(fields)}\n{json.dumps(line)}\n")
+        refused(run, TO_FILE, "line 1", told)
+    assert records(answers.read_text()) == records(before)
+    reordered = dict(reversed(list(line.items())))
+    questions.write_text(json.dumps(reordered) + "\nlast\n")
+    assert run(*TO_FILE).code == 0
+    assert len(run.asked) == 2
+
+
+def test_lines_with_ids_can_move(run: Program, questions: Path, answers: Path) -> None:
+    """A question with an id of its own keeps its answer, wherever it stands."""
+    message: Json = {"role": "user", "content": "talk"}
+    old = [json.dumps({"id": name, "messages": [message], "system": name}) for name in "ab"]
+    questions.write_text("\n".join(old))
+    assert run(*TO_FILE).code == 0
+    new = json.dumps({"id": "c", "messages": [message]})
+    questions.write_text("\n".join([new, *reversed(old)]))
+    assert run(*TO_FILE).code == 0
+    assert len(run.asked) == 3
+    assert sorted(record["id"] for record in records(answers.read_text())) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "flags", [["-m", "groq:two"], ["-s", "S"], ["--temperature", "0"], ["--expect-json"]], ids=str
+)
+def test_answers_that_other_flags_gave(
+    run: Program, questions: Path, answers: Path, flags: list[str]
+) -> None:
+    """They are kept, with a warning."""
+    questions.write_text("one\ntwo\n")
+    assert "other flags" not in run(*TO_FILE).stderr
+    assert "other flags" not in run(*TO_FILE).stderr
+    result = run(*TO_FILE, *flags)
+    assert result.code == 0
+    warning = result.stderr.splitlines()[0]
+    for words in ("2 answers", "answers.jsonl", "other flags", "another -o"):
+        assert words in warning
+    assert len(run.asked) == 2
+
+
+def test_a_file_without_questions(run: Program) -> None:
+    """An empty input is warned about, since it is seldom meant."""
+    result = run("--batch", "/dev/null")
+    assert result[:2] == (0, "")
+    assert re.search("^⚠️  /dev/null holds no question", result.stderr)
+
+
+@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/full", "/dev/null"])
+def test_an_output_that_is_no_file(run: Program, questions: Path, path: str) -> None:
+    """It cannot be taken up again; the message says what is wrong and what to do."""
+    process = run.start(*BATCH, "-o", path, stdout=subprocess.PIPE)
+    result = process.end()
+    assert result.code == 2
+    assert re.fullmatch(f"error: --output {path}: .*leave -o out.*\n", result.stderr)
+    assert run.asked == []
 
 
 @pytest.mark.parametrize(
@@ -219,7 +362,10 @@ def test_a_run_that_was_ended_is_taken_up(
     until(lambda: len(lines(answers)) == 10 and len(run.asked) == 14)
     result = process.signal(number)
     assert result.code == -number
-    assert ("Interrupted.\n" in result.stderr) == (number == signal.SIGINT)
+    was_told = number == signal.SIGINT
+    assert ("Interrupted.\n" in result.stderr) == was_told
+    saved = "10 answers are saved in answers.jsonl; run the same command again"
+    assert (saved in result.stderr) == was_told
     assert "Traceback" not in result.stderr
     before = answers.read_text()
     assert len(records(before)) == 10
@@ -236,7 +382,8 @@ def test_torn_failed_and_double_lines_go(run: Program, questions: Path, answers:
     """A resumed file loses what is no answer, and keeps the answers and who may read them."""
     assert run(*TO_FILE, "--workers", "1").code == 0
     whole = answers.read_bytes().splitlines(keepends=True)
-    failed = whole[1].replace(b'"answer": "Paris."', b'"answer": null')
+    failed = whole[1].replace(b'"answer": "Paris.", "error": null', b'"answer": null, "error": ""')
+    assert failed != whole[1]
     answers.write_bytes(b"".join([whole[0], failed, *whole[3:], whole[0], whole[2][:-9]]))
     answers.chmod(0o600)
     assert run(*TO_FILE).code == 0
@@ -248,8 +395,7 @@ def test_torn_failed_and_double_lines_go(run: Program, questions: Path, answers:
 
 def test_a_disk_that_gets_full(run: Program, questions: Path, answers: Path) -> None:
     """It stops with one line; when there is room again, only what was in flight is asked again."""
-    little = ["/bin/sh", "-c", 'ulimit -f 8 && exec "$@"', "-", *run.command]
-    result = run(*TO_FILE, "-q", "--workers", "4", command=little)
+    result = run(*TO_FILE, "-q", "--workers", "4", command=[*LITTLE, *run.command])
     assert result[:2] == (1, "")
     assert re.fullmatch(r"error: .+\n", result.stderr)
     assert 0 < len(lines(answers)) < len(QUESTIONS)
@@ -275,6 +421,112 @@ def test_a_reader_that_goes_away(run: Program, questions: Path) -> None:
     assert json.loads(process.popen.stdout.readline())["question"] in QUESTIONS
     process.popen.stdout.close()
     assert process.end() == (141, "", "")
+
+
+@pytest.fixture
+def retrying(run: Program, questions: Path) -> list[str]:
+    """What a batch has to begin with whose questions soon wait for the next attempt.
+
+    Three answers of each provider are long; whoever asks then is to come back in a second.
+    """
+    for provider in PROVIDERS:
+        long_answers = [Reply(text="Paris." * 2000)] * 3
+        run.emulator.plan(provider, *long_answers, rate_limited(provider, 1))
+    return ["-q", "--workers", "8"]
+
+
+def assert_nothing_is_asked_any_more(run: Program) -> None:
+    """Asserts that no request comes later than the end of the process."""
+    before = len(run.asked)
+    assert before < len(QUESTIONS)
+    time.sleep(1.5)
+    assert len(run.asked) == before
+
+
+def test_a_reader_goes_away_while_questions_wait(run: Program, retrying: list[str]) -> None:
+    """Nobody pays for answers that nobody reads."""
+    process = run.start(*BATCH, *retrying, stdout=subprocess.PIPE)
+    assert process.popen.stdout is not None
+    assert process.popen.stdout.readline()
+    process.popen.stdout.close()
+    left_at = time.monotonic()
+    assert process.end() == (141, "", "")
+    assert time.monotonic() - left_at < 3
+    assert_nothing_is_asked_any_more(run)
+
+
+def test_a_disk_gets_full_while_questions_wait(run: Program, retrying: list[str]) -> None:
+    """Nobody pays for answers that cannot be kept."""
+    started = time.monotonic()
+    result = run(*TO_FILE, *retrying, command=[*LITTLE, *run.command])
+    assert result[:2] == (1, "")
+    assert re.fullmatch(r"error: .+\n", result.stderr)
+    assert time.monotonic() - started < 5
+    assert_nothing_is_asked_any_more(run)
+
+
+def test_ctrl_c_while_questions_wait(run: Program, answers: Path, retrying: list[str]) -> None:
+    """It ends at once, and what was answered is kept."""
+    process = run.start(*TO_FILE, *retrying)
+    until(lambda: len(lines(answers)) == 9 and len(run.asked) >= 9 + 8)
+    pressed_at = time.monotonic()
+    assert process.signal(signal.SIGINT).code == -signal.SIGINT
+    assert time.monotonic() - pressed_at < 2
+    assert_nothing_is_asked_any_more(run)
+    assert len(records(answers.read_text())) == 9
+
+
+# --- Files of the user's ------------------------------------------------------------------------
+
+
+def test_other_files_are_left_alone(run: Program, questions: Path, answers: Path) -> None:
+    """What lies beside the output stays as it is, files and links alike."""
+    assert run(*TO_FILE).code == 0
+    answers.write_bytes(b"".join(answers.read_bytes().splitlines(keepends=True)[:-1]))
+    precious = run.folder / "precious"
+    precious.write_text("mine\n")
+    part = run.folder / "answers.jsonl.part"
+    part.write_text("mine too\n")
+    links = [run.folder / f"answers.jsonl.{end}" for end in ("tmp", "new", "bak")]
+    for link in links:
+        link.symlink_to(precious)
+    assert run(*TO_FILE).code == 0
+    assert len(records(answers.read_text())) == len(QUESTIONS)
+    assert (precious.read_text(), part.read_text()) == ("mine\n", "mine too\n")
+    assert all(link.is_symlink() for link in links)
+    known = {questions, answers, precious, part, *links}
+    assert set(run.folder.iterdir()) == known
+
+
+def test_an_output_that_is_a_link(run: Program, questions: Path, answers: Path) -> None:
+    """The file that it leads to has the answers, and the link stays one."""
+    elsewhere = run.folder / "elsewhere"
+    elsewhere.mkdir()
+    answers.symlink_to(elsewhere / "real.jsonl")
+    for _ in range(2):
+        assert run(*TO_FILE).code == 0
+        assert answers.is_symlink()
+        assert len(records((elsewhere / "real.jsonl").read_text())) == len(QUESTIONS)
+    assert len(run.asked) == len(QUESTIONS)
+
+
+def test_a_last_line_without_its_newline(run: Program, questions: Path, answers: Path) -> None:
+    """It is whole, and not paid for again."""
+    assert run(*TO_FILE).code == 0
+    answers.write_text(answers.read_text().rstrip("\n"))
+    assert run(*TO_FILE).code == 0
+    assert len(run.asked) == len(QUESTIONS)
+    assert_complete(run, answers)
+
+
+def test_a_shell_has_read_the_first_line(run: Program, questions: Path) -> None:
+    """`--batch -` begins where the shell stopped, also in a file."""
+    questions.write_text("heading\none\ntwo\n")
+    script = '{ read -r heading; "$@"; } < questions.txt'
+    command = ["/bin/sh", "-c", script, "-", *run.command]
+    result = run("--batch", "-", "-q", command=command)
+    assert (result.code, result.stderr) == (0, "")
+    assert sorted(record["question"] for record in records(result.stdout)) == ["one", "two"]
 
 
 # --- Many at once -------------------------------------------------------------------------------
@@ -312,20 +564,58 @@ def test_a_rate_limit_slows_and_does_not_fail(run: Program, questions: Path) -> 
     assert len(records(result.stdout)) == 40
 
 
-def test_progress_is_one_line_of_a_terminal(run: Program, questions: Path) -> None:
-    """It is drawn again and again: done, total, failed, speed, time left, who answers."""
+@pytest.fixture
+def slow(run: Program, questions: Path) -> list[str]:
+    """What a batch has to begin with that is slow enough for its progress to be shown."""
     questions.write_text("one\ntwo\nthree\n")
-    run.plan(Reply(text="Paris.", delay=0.5))
-    master, slave = pty.openpty()
-    assert run(*TO_FILE, "--workers", "1", stderr=slave).code == 0
-    shown = os.read(master, 65536).decode()
-    os.close(slave)
-    os.close(master)
-    drawn = [line for line in re.split(r"[\r\n]+", shown) if re.search(r"\b\d ?/ ?3\b", line)]
-    assert len(drawn) >= 2
+    run.plan(Reply(text="Paris.", delay=0.6))
+    return ["--workers", "1"]
+
+
+@pytest.mark.parametrize("columns", [50, 200])
+def test_progress_is_one_line_of_a_terminal(run: Program, slow: list[str], columns: int) -> None:
+    """It is drawn again and again: done, total, failed, speed, time left, who answers."""
+    code, terminal = run.on_terminal(*TO_FILE, *slow, columns=columns)
+    assert code == 0
     told = r"[123] ?/ ?3\b.*\b0 failed.*/s.*\bleft\b.*cerebras"
-    assert any(re.search(told, line) for line in drawn)
-    assert max(map(len, drawn)) < 80
+    drawn = [line for line in re.split(r"[\r\n]+", terminal.received) if re.search(told, line)]
+    assert len(drawn) >= 2
+    assert max(map(len, drawn)) < columns
+    assert terminal.screen == "3 answered, 0 failed\n"
+
+
+def test_progress_fits_the_terminal_of_stderr(run: Program, slow: list[str]) -> None:
+    """It does not wrap in a narrow terminal, also where the answers go to a file by `>`."""
+    terminal = run.terminal(columns=50)
+    assert run(*BATCH, *slow, stderr=terminal.end).code == 0
+    terminal.finish()
+    assert "3/3 done" in terminal.received
+    assert terminal.screen == "3 answered, 0 failed\n"
+
+
+def test_progress_and_other_lines(run: Program, slow: list[str]) -> None:
+    """What is told meanwhile, with -v or of an interruption, does not mix with it."""
+    terminal = run.terminal()
+    assert run(*TO_FILE, *slow, "-v", stderr=terminal.end).code == 0
+    terminal.finish()
+    assert "3/3 done" in terminal.received
+    mixed = r"^(?!\d/3 done).*\bleft\b"
+    assert re.findall(mixed, terminal.screen, re.MULTILINE) == []
+    assert terminal.screen.count("✅ Success with cerebras one on attempt 1\n") == 3
+    assert terminal.screen.endswith("\n3 answered, 0 failed\n")
+
+
+def test_ctrl_c_and_progress(run: Program, slow: list[str], answers: Path) -> None:
+    """What is said at the end has lines of its own."""
+    terminal = run.terminal(columns=200)
+    process = run.start(*TO_FILE, *slow, stderr=terminal.end)
+    until(lambda: "1/3 done" in terminal.received)
+    assert process.signal(signal.SIGINT).code == -signal.SIGINT
+    terminal.finish()
+    shown = terminal.screen.splitlines()
+    saved = "1 answers? (are|is) saved in answers.jsonl; run the same command again to resume."
+    assert len([line for line in shown if re.fullmatch(saved, line)]) == 1
+    assert shown[-1] == "Interrupted."
 
 
 def test_no_progress_line_elsewhere(run: Program, questions: Path) -> None:

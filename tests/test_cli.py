@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,11 @@ from conftest import PROVIDERS, Program, Result, until
 from emulator import Emulator, Json, Reply, error, rate_limited
 
 KEYS = [f"{provider.upper()}_API_KEY" for provider in PROVIDERS]
+NO_KEYS: dict[str, str | None] = dict.fromkeys(KEYS)
+OWN_LISTS: dict[str, str | None] = {f"{provider.upper()}_MODELS": None for provider in PROVIDERS}
 DOWN = Reply(503)
+HEADED = "--- more.txt ---\nmore\n\n--- notes.txt ---\nfrom a file\n\nwords"
+BELOW = "--max-delay (1) is below --base-delay (2)"
 UNSAFE = "a\x1b[31mb\x1b]52;c;eA\x07c\x1b[6nd\x9b\x85e\x08f\x7fg\rh\r\ni\tj\0"
 SAFE = "a[31mb]52;c;eAc[6ndefgh\ni\tj"
 
@@ -32,6 +36,15 @@ PICTURE = """\
 {answer}
 ⏱️  Response time: 0.00s
 """
+PLAIN_PICTURE = """\
+Trying provider: cerebras
+Trying cerebras model 1/1: one
+Success with cerebras one on attempt 1
+
+Response:
+{answer}
+Response time: 0.00s
+"""
 FALLBACK = """\
 🔄 Trying provider: cerebras
 🎯 Trying cerebras model 1/1: one
@@ -42,6 +55,16 @@ FALLBACK = """\
 ✅ Success with groq two on attempt 1
 
 💡 Response:
+
+⏱️  Response time: 0.00s
+"""
+STREAM = """\
+🔄 Trying provider: cerebras
+🎯 Trying cerebras model 1/1: one
+
+💡 Response:
+Paris.
+✅ Success with cerebras one on attempt 1
 
 ⏱️  Response time: 0.00s
 """
@@ -58,6 +81,14 @@ STATISTICS = """
 def bearers(run: Program) -> list[str]:
     """The keys that were sent."""
     return [asked.headers["authorization"][len("Bearer ") :] for asked in run.asked]
+
+
+def sum_of(stderr: str) -> list[str]:
+    """The lines at the end of a failure: the sum, then one for each provider."""
+    lines = stderr.splitlines()
+    heads = [number for number, line in enumerate(lines) if re.match("❌ (All|No answer)", line)]
+    assert len(heads) == 1
+    return lines[heads[0] :]
 
 
 def zeroed(stderr: str) -> str:
@@ -113,9 +144,20 @@ def test_verbose_tells_everything_on_stderr(run: Program) -> None:
     assert [line for line in expected if line not in lines] == []  # in this order
 
 
+def test_nothing_on_stderr_is_obeyed(run: Program) -> None:
+    """What comes from a user or a server does not move a terminal's cursor."""
+    evil = "a\x1b[31mb\rc\x9bd\x07\r"
+    run.plan(Reply(400, body={"error": {"message": evil}}))
+    result = run(evil, "-v", "-m", evil)
+    assert result.code == 1
+    assert "❓ Question: a[31mbcd\n" in result.stderr
+    assert re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", result.stderr) is None
+
+
 def test_words_pipes_and_files_are_the_question(run: Program) -> None:
     """A file or pipe comes first, then a blank line, then the words; flags stand anywhere."""
     (run.folder / "notes.txt").write_bytes(b"\xef\xbb\xbffrom a file\r\n")
+    (run.folder / "more.txt").write_text("more\n")
     large = b"0123456\n" * 131072
     table: list[tuple[bytes, list[str | bytes], str]] = [
         (b"", ["what", "is", "2+2"], "what is 2+2"),
@@ -128,7 +170,9 @@ def test_words_pipes_and_files_are_the_question(run: Program) -> None:
         (b"one\n  two\n", ["explain", "this"], "one\n  two\n\nexplain this"),
         (b"pipe\n", ["--no-stdin", "words"], "words"),
         (b"pipe\n", ["-f", "-", "words"], "pipe\n\nwords"),
+        (b"pipe\n", ["words", "-"], "pipe\n\nwords"),
         (b"", ["--file", "notes.txt", "words"], "from a file\n\nwords"),
+        (b"", ["-f", "more.txt", "--file=notes.txt", "words"], HEADED),
         (b"a\0b caf\xe9", [], "ab caf\ufffd"),
         (b"\xef\xbb\xbfcaf\xc3\xa9", [], "café"),
         ("Café".encode("utf-16"), [], "Café"),
@@ -177,6 +221,32 @@ def test_json_is_one_object_with_the_trail(run: Program) -> None:
     assert (told["finish_reason"], told["usage"]["prompt_tokens"]) == ("stop", 20)
     assert [attempt["status"] for attempt in told["attempts"]] == [503, 401, 200]
     assert told["elapsed_seconds"] >= 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("text", ["Île", "Île 🎉\u2028"], ids=ascii)
+def test_json_loses_nothing(run: Program, encoding: str, text: str) -> None:
+    """What an encoding cannot carry is escaped, in the JSON of a question and of a batch."""
+    run.emulator.plan("cerebras", Reply(text=text))
+    (run.folder / "questions.txt").write_text("Où?\n", encoding="utf-8")
+    for arguments in (["q", "--json"], ["--batch", "questions.txt"]):
+        result = run(*arguments, env={"PYTHONIOENCODING": encoding})
+        assert result.code == 0
+        line = result.stdout.encode("utf-8", "surrogateescape").decode(encoding)
+        told = json.loads(line)
+        assert told["answer"] == text
+        assert told.get("question", "Où?") == "Où?"
+
+
+def test_json_tells_tokens_and_time(run: Program) -> None:
+    """What a question cost is part of its object, for the whole question and for each attempt."""
+    run.emulator.plan("cerebras", Reply(503, delay=0.2))
+    run.emulator.plan("groq", Reply(text="Paris.", delay=0.2))
+    told = json.loads(run("q", "--json").stdout)
+    assert told["usage"]["completion_tokens"] > 0
+    assert told["usage"]["total_tokens"] > told["usage"]["completion_tokens"]
+    assert [attempt["elapsed"] >= 0.2 for attempt in told["attempts"]] == [True, True]
+    assert 0.4 <= told["elapsed_seconds"] < 10
 
 
 def test_json_of_a_failure(run: Program) -> None:
@@ -231,8 +301,9 @@ def test_closed_streams(run: Program) -> None:
         for redirections in [*good, ">&-", "<&- >&- 2>&-"]
     }
     for redirections, process in processes.items():
-        result, good_one = process.end(), redirections in good
-        assert result[:2] == ((0, "Paris.\n") if good_one else (1, "")), redirections
+        result = process.end()
+        expected = (0, "Paris.\n") if redirections in good else (1, "")
+        assert result[:2] == expected, redirections
         assert "Traceback" not in result.stderr
 
 
@@ -264,34 +335,92 @@ def test_a_stream_is_shown_as_it_comes(run: Program) -> None:
     assert process.popen.poll() is None
 
 
-@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1", "TERM": "dumb", "CI": "1"}])
-def test_a_terminal_shows_the_documented_picture(run: Program, environment: Any) -> None:
+@pytest.mark.parametrize("columns", [50, 80, 200])
+def test_a_terminal_shows_the_documented_picture(run: Program, columns: int) -> None:
     """On a terminal stdout and stderr make one picture, without colour or other tricks."""
-    shown, code = on_a_terminal(run, ["q"], {"TERM": "xterm-256color", **environment})
-    assert (zeroed(shown), code) == (PICTURE.format(answer="Paris.\n"), 0)
+    environment = {"TERM": "xterm-256color", "CI": "1"}
+    code, terminal = run.on_terminal("q", columns=columns, env=environment)
+    assert code == 0
+    assert zeroed(terminal.received) == PICTURE.format(answer="Paris.\n")
+
+
+@pytest.mark.parametrize(
+    "environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"PYTHONIOENCODING": "ascii"}], ids=str
+)
+def test_plain_words_instead_of_emoji(run: Program, environment: Any) -> None:
+    """Where emoji are not wanted or cannot be shown, the words stand alone, without "?"."""
+    code, terminal = run.on_terminal("q", env=environment)
+    assert code == 0
+    assert zeroed(terminal.received) == PLAIN_PICTURE.format(answer="Paris.\n")
+    run.emulator.plan("cerebras", error("cerebras", "bad_key"))
+    run.emulator.plan("groq", rate_limited("groq", how="none"), Reply(400))
+    run.emulator.plan("openrouter", Reply(text="", reasoning="Hm.", finish_reason="length"))
+    flags = ["-v", "--stats", "--base-delay", "0.1"]
+    code, terminal = run.on_terminal("q", *flags, env=environment)
+    assert code == 1
+    assert re.search(r"[^\n -~]", terminal.received) is None
+    assert "?" not in terminal.received
+    assert "\nError in cerebras API request: 401 Client Error" in terminal.received
+    assert "\nWaiting 0." in terminal.received
+    assert "\nError: All providers and models failed\n" in terminal.received
+    assert re.search(r"\n   cerebras one: 401 .* -> check CEREBRAS_API_KEY", terminal.received)
+
+
+@pytest.mark.parametrize("columns", [50, 200])
+def test_a_stream_on_a_terminal(run: Program, columns: int) -> None:
+    """The answer ends with its line, before anything else is said."""
+    code, terminal = run.on_terminal("q", "--stream", columns=columns)
+    assert code == 0
+    assert zeroed(terminal.screen) == STREAM
+
+
+def test_a_broken_stream_on_a_terminal(run: Program) -> None:
+    """Its error has a line of its own, and is told once."""
+    run.emulator.plan("cerebras", Reply(text="Paris is big", fault="cut"))
+    code, terminal = run.on_terminal("q", "--stream")
+    assert code == 1
+    assert re.search(r"\nPari\n❌ cerebras one broke off: .*\n\Z", terminal.screen)
+    assert terminal.screen.count("❌") == 1
+
+
+def test_a_wait_on_a_terminal(run: Program) -> None:
+    """How long is left is shown, and is gone after the wait."""
+    run.emulator.plan("groq", rate_limited("groq", 3), Reply(text="Paris."))
+    flags = ["--provider", "groq", "--base-delay", "3", "--disable-jitter"]
+    code, terminal = run.on_terminal("q", *flags, columns=50)
+    assert code == 0
+    assert re.search(r"\b3 s left.*\b2 s left", terminal.received, re.DOTALL) is not None
+    assert "\n⏳ Waiting 3.00s before retry...\n✅ Success" in terminal.screen
+    assert "left" not in terminal.screen
+
+
+def test_a_wait_fits_the_terminal_of_stderr(run: Program) -> None:
+    """What is redrawn does not wrap, also where stdout is a file."""
+    run.emulator.plan("groq", rate_limited("groq", 3), Reply(text="Paris."))
+    terminal = run.terminal(columns=30)
+    result = run("q", "--provider", "groq", "--base-delay", "4", stderr=terminal.end)
+    assert result[:2] == (0, "Paris.\n")
+    terminal.finish()
+    assert "left" not in terminal.screen
+
+
+def test_a_failure_on_a_terminal(run: Program) -> None:
+    """The sum stands first, and then one provider a line, whatever the terminal's width."""
+    run.plan(DOWN)
+    flags = ["-q", "--max-attempts", "1"]
+    code, terminal = run.on_terminal("q", *flags, columns=200)
+    assert code == 1
+    head, *lines = terminal.screen.splitlines()
+    assert head == "❌ All providers and models failed"
+    assert [line.split()[0] for line in lines] == list(PROVIDERS)
 
 
 def test_no_question_on_a_terminal(run: Program) -> None:
     """On a terminal the usage and two examples come at once, instead of a silent wait."""
-    shown, code = on_a_terminal(run, [], {})
+    code, terminal = run.on_terminal()
     assert (code, run.asked) == (2, [])
-    assert "usage: " in shown
-    assert shown.count("python fallback_llm.py ") == 2
-
-
-def on_a_terminal(run: Program, arguments: list[str], env: Any) -> tuple[str, int]:
-    """All that a terminal shows, and the exit code."""
-    master, slave = pty.openpty()
-    code = run(*arguments, env=env, stdin=slave, stdout=slave, stderr=slave).code
-    os.close(slave)
-    shown = b""
-    with open(master, "rb", buffering=0) as terminal:
-        try:
-            for part in iter(lambda: terminal.read(65536), b""):
-                shown += part
-        except OSError:  # how Linux says that it is the end
-            pass
-    return shown.decode().replace("\r\n", "\n"), code
+    assert "usage: " in terminal.received
+    assert terminal.received.count("python fallback_llm.py ") == 2
 
 
 # --- Bad input ----------------------------------------------------------------------------------
@@ -311,8 +440,8 @@ def on_a_terminal(run: Program, arguments: list[str], env: Any) -> tuple[str, in
         ("--maxtokens", "5", "did you mean --max-tokens"),
         ("--max", "5", "did you mean --max-"),
         ("--verb", "", "did you mean --verbose"),
-        ("--max-delay", "1", "--max-delay must be >= --base-delay"),
-        ("-5+3?", "", "after --"),
+        ("--idle-timeout", "0 -1 nan", "0"),
+        ("-5+3?", "", "put -- before"),
     ],
 )
 def test_a_bad_value_is_refused(run: Program, flag: str, values: str, allowed: str) -> None:
@@ -327,9 +456,14 @@ def test_a_bad_value_is_refused(run: Program, flag: str, values: str, allowed: s
     [
         (["q", "--max-tokens"], ["--max-tokens"]),
         (["q", "--quiet", "--verbose"], ["--quiet", "not allowed with", "--verbose"]),
-        (["-"], ["no question: stdin was empty"]),
+        (["q", "-model", "x"], ["-model", "did you mean --model"]),
+        (["q", "-timeout=5"], ["-timeout", "did you mean --timeout"]),
+        (["q", "-stream"], ["-stream", "did you mean --stream"]),
+        (["q", "--base-delay", "2", "--max-delay", "1"], [BELOW]),
+        (["q", "--expect-json", "--stream"], ["--expect-json", "--stream"]),
+        (["-"], ["no question given (stdin was empty)"]),
         *[([empty], ["the question is empty"]) for empty in ("", "   ", "\n\t", "\u200b")],
-        ([], ["no question: stdin was empty"]),
+        ([], ["no question given (stdin was empty)"]),
     ],
     ids=ascii,
 )
@@ -338,6 +472,28 @@ def test_a_bad_command_line_is_refused(
 ) -> None:
     """One line says what is wrong; the exit code is 2, nothing is sent."""
     refused(run, run(*arguments), *words)
+
+
+def test_only_near_flags_are_suggested(run: Program) -> None:
+    """What is like no flag gets no suggestion."""
+    result = run("q", "--bogus")
+    refused(run, result, "--bogus")
+    assert "did you mean" not in result.stderr
+
+
+def test_the_longest_wait_bounds_the_first_one(run: Program) -> None:
+    """`--max-delay` alone, below the first wait that is usual, lowers it."""
+    run.emulator.plan("groq", rate_limited("groq", how="none"), Reply(text="Paris."))
+    result = run("q", "--provider", "groq", "--max-delay", "0.05", "--disable-jitter")
+    assert result[:2] == (0, "Paris.\n")
+    assert "⏳ Waiting 0.05s before retry...\n" in result.stderr
+
+
+@pytest.mark.parametrize("start", [b"\x89PNG\r\n\x1a\n\0\0\0\r", b"PK\x03\x04\x14\0\0\0", b"\0"])
+def test_a_binary_file_is_refused(run: Program, start: bytes) -> None:
+    """What is no text is not sent as one."""
+    (run.folder / "picture").write_bytes(start + bytes(range(256)))
+    refused(run, run("q", "-f", "picture"), "--file picture", "binary")
 
 
 def refused(run: Program, result: Result, *words: str) -> None:
@@ -464,6 +620,73 @@ def test_a_dotenv_that_cannot_be_read(run: Program, content: bytes) -> None:
     assert [line.count("save it as UTF-8") for line in result.stderr.split("\n") if ".env" in line]
 
 
+def test_a_malformed_line_of_a_dotenv(run: Program) -> None:
+    """It is told of in our words, with the file's name, and not under -q."""
+    (run.folder / ".env").write_text("GROQ_API_KEY: x\nGROQ_MODELS=mine\nnot = so = \n")
+    result = run("q", "--provider", "groq", env={"GROQ_MODELS": None})
+    assert (result.stdout, run.models) == ("Paris.\n", ["mine"])
+    (warning,) = [line for line in result.stderr.splitlines() if ".env" in line]
+    assert re.search(r"/\.env\b.*\bline.* 1\b", warning)
+    assert "dotenv could not parse" not in result.stderr
+    assert run("q", "-q") == (0, "Paris.\n", "")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("GROQ_API_KEY=x".encode("utf-16"), "save it as UTF-8"),
+        (b"GROQ_API_KEY: x\n", "line 1"),
+        (b"GROQ_API_KEY=gsk_x1\n", "pip install python-dotenv"),
+    ],
+    ids=["UTF-16", "malformed", "without python-dotenv"],
+)
+def test_no_key_because_of_a_dotenv(run: Program, content: bytes, told: str) -> None:
+    """When no key is found, what is wrong with a .env is told under -q as well."""
+    (run.folder / ".env").write_bytes(content)
+    environment = dict(NO_KEYS)
+    if "install" in told:
+        missing = 'raise ImportError("No module named dotenv", name="dotenv")\n'
+        (run.folder / "dotenv.py").write_text(missing)
+        environment["PYTHONPATH"] = str(run.folder)
+    result = run("q", "-q", env=environment)
+    assert (result.code, result.stdout, run.asked) == (1, "", [])
+    (line,) = [line for line in result.stderr.splitlines() if f"{run.folder}/.env" in line]
+    assert told in line
+
+
+@pytest.mark.parametrize("flags", [[], ["-v"]], ids=str)
+def test_names_in_a_dotenv_that_have_no_effect(run: Program, flags: list[str]) -> None:
+    """What looks like one of ours and is ignored is told with -v."""
+    (run.folder / ".env").write_text("GROQ_KEY=x\nGROQ_BASE_URL=y\nGROQ_MODELS=z\nPATH=/\n")
+    told = re.findall(r"(\w+) has no effect", run("q", *flags).stderr)
+    assert told == (["GROQ_KEY", "GROQ_BASE_URL"] if flags else [])
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", " \n", "\t", "\r\n", "\\"])
+def test_a_dotenv_of_blanks(run: Program, blank: str) -> None:
+    """A large .env does not keep it from answering; python-dotenv alone needs a minute."""
+    for size in (60_000, 300_000):
+        content = "A=b" + blank * (size // len(blank))
+        (run.folder / ".env").write_text(content, encoding="utf-8", newline="")
+        started = time.monotonic()
+        assert run("q", "-q") == (0, "Paris.\n", "")
+        assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("variable", ["XDG_CONFIG_HOME", "HOME"])
+def test_keys_in_the_configuration_folder(run: Program, variable: str) -> None:
+    """Who installed the command keeps them there; the other places come first."""
+    home = run.folder / "home"
+    configuration = home / ".config" if variable == "HOME" else home
+    (configuration / "fallback_llm").mkdir(parents=True)
+    keys = "CEREBRAS_API_KEY=csk-home\nGROQ_API_KEY=gsk-home\n"
+    (configuration / "fallback_llm" / ".env").write_text(keys)
+    (run.folder / ".env").write_text("CEREBRAS_API_KEY=csk-folder\n")
+    run.plan(DOWN)
+    run("q", "--max-attempts", "1", env={**NO_KEYS, variable: str(home)})
+    assert bearers(run) == ["csk-folder", "gsk-home"]
+
+
 def test_a_hostile_dotenv(run: Program) -> None:
     """A .env sets keys and models only; another address, proxy or certificate has no effect.
 
@@ -515,7 +738,27 @@ def test_no_connection_falls_back(run: Program) -> None:
         base_url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         result = run("q", env={"CEREBRAS_MODELS": "a,b", "CEREBRAS_BASE_URL": base_url})
     assert (result.stdout, run.models) == ("Paris.\n", ["two"])
-    assert "Max retries exceeded" in result.stderr
+    told = r"❌ Error in cerebras API request: HTTPConnectionPool\(.*\): Max retries exceeded.*\n"
+    assert re.search(told, result.stderr) is not None
+
+
+def test_a_network_error_is_told_once(run: Program) -> None:
+    """Without a network nothing is told twice, and the sum says what to do in plain words."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and nobody listens
+        base_url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        addresses = {f"{provider.upper()}_BASE_URL": base_url for provider in PROVIDERS}
+        no_waits = ["--base-delay", "0", "--max-delay", "0"]
+        result = run("q", *no_waits, env={**OWN_LISTS, **addresses})
+    assert result[:2] == (1, "")
+    lines = result.stderr.splitlines()
+    assert len(lines) == len(set(lines))
+    for provider in PROVIDERS:
+        assert result.stderr.count(f"❌ Error in {provider} API request: ") == 1
+    _, *told = sum_of(result.stderr)
+    assert len(told) == 3
+    for line in told:
+        assert re.search(r"cannot reach 127\.0\.0\.1 \(.*refused\) → check the network", line)
 
 
 def test_a_redirect_is_not_followed(run: Program) -> None:
@@ -530,29 +773,89 @@ def test_a_redirect_is_not_followed(run: Program) -> None:
     [
         ([error(name, "bad_key") for name in PROVIDERS], [*KEYS, "401", "unknown"]),
         ([error(name, "bad_request") for name in PROVIDERS], ["400", "Not a chat request"]),
-        ([error(name, "gone") for name in PROVIDERS], ["no model mine", "-m"]),
+        ([error(name, "gone") for name in PROVIDERS], ["no model mine", "-m", "--list-models"]),
         ([Reply(text="", reasoning="Hm.", finish_reason="length")] * 3, ["--max-tokens"]),
-        ([rate_limited(name, 3600) for name in PROVIDERS], ["3600"]),
+        ([rate_limited(name, 3600) for name in PROVIDERS], ["1 hour"]),
         ([Reply(400, body={"error": {"message": "\x1b[31m" + "x" * 999}})] * 3, ["[31mxxx"]),
     ],
     ids=["401", "400", "gone", "only reasoning", "limits of an hour", "an evil message"],
 )
+@pytest.mark.parametrize("flags", [[], ["-q"]], ids=str)
 def test_what_cannot_get_better_is_asked_once(
-    run: Program, replies: list[Reply], told: list[str]
+    run: Program, replies: list[Reply], told: list[str], flags: list[str]
 ) -> None:
-    """Each provider is asked once; at the end each has a line with its reason and a way out."""
+    """Each provider is asked once; after the sum each has a line with its reason and a way out."""
     for name, reply in zip(PROVIDERS, replies):
         run.emulator.plan(name, reply)
-    result = run("q", "-m", "mine")
+    result = run("q", "-m", "mine", *flags)
     assert result[:2] == (1, "")
     assert [asked.provider for asked in run.asked] == list(PROVIDERS)
-    end = re.split(r"(?m)^(?:🔄|🎯|🔑|❌ Error).*\n", result.stderr)[-1]
-    assert len(end.splitlines()) <= 10
-    assert end.endswith("\n❌ All providers and models failed\n")
-    for line, provider in zip(end.splitlines(), PROVIDERS):
-        assert provider in line
-    assert [words for words in told if words not in end] == []
+    head, *lines = sum_of(result.stderr)
+    assert head == "❌ All providers and models failed"
+    assert len(lines) < 10
+    for line, provider in zip(lines, PROVIDERS):
+        assert re.match(f"   {provider} mine: .+ → .+", line)
+    assert [words for words in told if words not in "\n".join(lines)] == []
     assert re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|x{301}", result.stderr) is None
+    if flags:
+        assert result.stderr.splitlines() == [head, *lines]
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "told"),
+    [
+        ("", {}, "All providers and models failed"),
+        ("", {**NO_KEYS, "GROQ_API_KEY": "gsk_x1"}, "All providers and models failed"),
+        (
+            "--provider groq",
+            {},
+            "No answer; asked: groq (1 model); not chosen: cerebras, openrouter",
+        ),
+        ("--provider groq,cerebras,openrouter", {}, "All providers and models failed"),
+        ("-m groq:mine", {}, "No answer; asked: groq (1 model); not chosen: cerebras, openrouter"),
+    ],
+    ids=["all", "one key", "one provider", "all by name", "one model"],
+)
+def test_the_sum_says_who_was_asked(run: Program, flags: str, environment: Any, told: str) -> None:
+    """All have failed only where all were asked."""
+    run.plan(Reply(400))
+    result = run("q", *flags.split(), env=environment)
+    assert result[:2] == (1, "")
+    assert sum_of(result.stderr)[0] == f"❌ {told}"
+
+
+def test_the_sum_says_who_was_not_asked(run: Program) -> None:
+    """A time limit can end before everybody had a turn."""
+    run.plan(Reply(text="Paris.", delay=30))
+    names = ",".join(f"model-{number}" for number in range(40))
+    result = run("q", "--timeout", "1", env={"CEREBRAS_MODELS": names})
+    assert result[:2] == (1, "")
+    head = sum_of(result.stderr)[0]
+    sentence = (
+        r"❌ No answer within the time limit; asked: cerebras \((\d+) models\); not asked: (.*)"
+    )
+    told = re.fullmatch(sentence, head)
+    assert told is not None
+    asked = int(told.group(1))
+    assert asked == len(run.asked)
+    assert told.group(2) == f"cerebras ({40 - asked} models), groq (1 model), openrouter (1 model)"
+
+
+@pytest.mark.parametrize(
+    ("model", "near"),
+    [
+        ("gpt-oss-120", "gpt-oss-120b"),
+        ("groq:gpt-oss-20", "openai/gpt-oss-20b"),
+        ("openrouter:gemma-4-31b-it", "google/gemma-4-31b-it:free"),
+    ],
+)
+def test_a_typo_in_a_model(run: Program, model: str, near: str) -> None:
+    """The nearest model that is listed, and the list, are suggested."""
+    for provider in PROVIDERS:
+        run.emulator.plan(provider, error(provider, "gone"))
+    first_line = sum_of(run("q", "-m", model, env=OWN_LISTS).stderr)[1]
+    assert f"did you mean {near}?" in first_line
+    assert "--list-models" in first_line
 
 
 def test_a_refused_key_is_told_although_another_provider_answers(run: Program) -> None:
@@ -571,11 +874,13 @@ def test_several_providers_keep_the_order_that_was_given(run: Program) -> None:
 
 
 def test_attempts_are_limited_for_each_model(run: Program) -> None:
-    """With everything down each model is asked --max-attempts times; -q leaves one line."""
+    """With everything down each model is asked --max-attempts times; -q leaves the sum."""
     run.plan(DOWN)
     result = run("q", "-q", "--max-attempts", "3", "--base-delay", "0", "--max-delay", "0")
-    assert (result[:2], sorted(run.models)) == ((1, ""), sorted(["one", "two", "three"] * 3))
-    assert re.fullmatch(r"❌ .+\n", result.stderr)
+    assert result[:2] == (1, "")
+    assert sorted(run.models) == sorted(["one", "two", "three"] * 3)
+    assert sum_of(result.stderr) == result.stderr.splitlines()
+    assert len(result.stderr.splitlines()) == 4
 
 
 def test_waits_are_exact_without_jitter(run: Program) -> None:
@@ -603,29 +908,51 @@ def test_a_hint_that_is_too_long_is_not(run: Program) -> None:
     assert run("q", "--provider", "groq,openrouter").stdout == "Paris.\n"
     result = run("q", "--provider", "groq")
     assert (result.code, run.models) == (1, ["two", "three", "two"])
-    assert "3600" in result.stderr
+    assert "1 hour" in result.stderr
 
 
-def test_eager_asks_somebody_else(run: Program) -> None:
-    """With --eager no rate limit is waited out while others are there."""
+def test_no_wait_asks_somebody_else(run: Program) -> None:
+    """With --no-wait no rate limit is waited out while others are there."""
     run.emulator.plan("cerebras", rate_limited("cerebras", 1))
-    assert run("q", "--eager").code == 0
+    assert run("q", "--no-wait").code == 0
     assert run.models == ["one", "two"]
 
 
 def test_the_time_limit_ends_everything(run: Program) -> None:
-    """--timeout ends a question that is kept alive for ever, and nobody else is asked."""
+    """--timeout ends a question that is kept alive for ever, by whomever."""
     run.plan(Reply(fault="keep-alives"))
+    started = time.monotonic()
     assert run("q", "--timeout", "1")[:2] == (1, "")
-    assert run.models == ["one"]
+    assert run.asked[-1].at < run.asked[0].at + 1
+    assert time.monotonic() - started < 10
+
+
+def test_the_time_limit_is_shared(run: Program) -> None:
+    """While another is ready, an attempt gets at most half of what is left."""
+    run.emulator.plan("cerebras", Reply(fault="keep-alives"))
+    assert run("q", "--timeout", "3").stdout == "Paris.\n"
+    assert run.models == ["one", "two"]
+    assert run.asked[1].at - run.asked[0].at == pytest.approx(1.5, abs=0.5)
+
+
+def test_how_long_a_silence_is_waited_for(run: Program) -> None:
+    """--idle-timeout says so, for all providers."""
+    run.emulator.plan("cerebras", Reply(fault="silence"))
+    result = run("q", "--idle-timeout", "0.5")
+    assert result[:2] == (0, "Paris.\n")
+    assert "❌ Error in cerebras API request: silent for 0.5 s\n" in result.stderr
 
 
 def test_an_answer_cut_at_max_tokens(run: Program) -> None:
     """A cut answer is printed, with a note that names the limit."""
     run.emulator.plan("cerebras", Reply(text="Paris is", finish_reason="length"))
-    result = run("q", "--max-tokens", "300")
-    assert result[:2] == (0, "Paris is\n")
-    assert "answer cut at --max-tokens 300" in result.stderr
+    for flags in ([], ["-q"], ["-q", "--stream"], ["-q", "--json"]):
+        result = run("q", "--max-tokens", "300", *flags)
+        assert result.code == 0
+        assert "Paris is" in result.stdout
+        assert re.findall(".*cut.*", result.stderr) == ["✂️  answer cut at --max-tokens 300"]
+        if flags:
+            assert result.stderr.count("\n") == 1
 
 
 def test_a_broken_stream_is_not_continued_by_another(run: Program) -> None:
@@ -637,6 +964,67 @@ def test_a_broken_stream_is_not_continued_by_another(run: Program) -> None:
     assert result.stderr.splitlines()[-1].startswith("❌")
 
 
+# --- Answers that are JSON ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"a": [1]}', {"a": [1]}),
+        ('```json\n{"a": [1]}\n```', {"a": [1]}),
+        ('\n```\r\n["```"]\r\n```\n', ["```"]),
+        ('"Paris."', "Paris."),
+        ("0", 0),
+        ("null", None),
+    ],
+)
+def test_an_answer_that_is_json(run: Program, text: str, value: Any) -> None:
+    """It is printed without a fence; in the object of --json it is a value, not a text."""
+    run.emulator.plan("cerebras", Reply(text=text))
+    result = run("q", "--expect-json", "-q")
+    assert (result.code, result.stderr) == (0, "")
+    assert json.loads(result.stdout) == value
+    told = json.loads(run("q", "--expect-json", "--json").stdout)
+    assert (told["answer"], told["error"], told["provider"]) == (value, None, "cerebras")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Sure! {"a": 1}',
+        '{"a": 1',
+        "Paris.",
+        "NaN",
+        "[1e999]",
+        "```json\nParis.\n```",
+        "[" * 100_000,
+    ],
+    ids=lambda text: str(text)[:20],
+)
+def test_an_answer_that_is_not_json(run: Program, text: str) -> None:
+    """The next model is asked, and is trusted as much as before."""
+    run.emulator.plan("cerebras", Reply(text=text))
+    run.emulator.plan("groq", Reply(text="{}"))
+    result = run("q", "--expect-json", "--json", "--stats")
+    assert result.code == 0
+    assert run.models == ["one", "two"]
+    told = json.loads(result.stdout)
+    assert told["answer"] == {}
+    assert [attempt["verdict"] for attempt in told["attempts"]] == ["rejected", None]
+    assert "   rate_limited_requests: 0\n" in result.stderr
+
+
+def test_no_answer_is_json(run: Program) -> None:
+    """It fails like any other question, and says why of each provider."""
+    result = run("q", "--expect-json", "-q", "--max-attempts", "1")
+    assert result[:2] == (1, "")
+    head, *lines = sum_of(result.stderr)
+    assert head == "❌ All providers and models failed"
+    assert len(lines) == 3
+    for line in lines:
+        assert "not accepted" in line
+
+
 # --- Signals ------------------------------------------------------------------------------------
 
 
@@ -644,7 +1032,7 @@ def test_a_broken_stream_is_not_continued_by_another(run: Program) -> None:
     ("reply", "flags", "sign"),
     [
         (Reply(fault="silence"), [], "🎯 Trying"),
-        (rate_limited("cerebras", 20), ["--max-attempts", "9"], "⏳ Waiting"),
+        (rate_limited("cerebras", 20), ["--base-delay", "25"], "⏳ Waiting"),
         (Reply(text="Paris is big", fault="stall"), ["--stream"], "Pari"),
     ],
     ids=["waiting for an answer", "waiting before a retry", "streaming"],
@@ -738,6 +1126,45 @@ def test_an_executable_file(run: Program) -> None:
     assert run("q", command=[script], env={"PATH": path}).stdout == "Paris.\n"
 
 
+def test_the_file_has_its_run_bit() -> None:
+    """A checkout can be started by its name."""
+    real = Path(__file__).resolve().parent.parent / "fallback_llm.py"
+    assert real.stat().st_mode & 0o111 == 0o111
+
+
+def test_the_installed_command(run: Program) -> None:
+    """It calls itself by its name, in the help and where no question was asked."""
+    command = run.folder / "fallback-llm"
+    command.write_text(
+        f"#!{sys.executable}\n"
+        "import sys\n"
+        f"sys.path.insert(0, {str(run.path.parent)!r})\n"
+        "from fallback_llm import main\n"
+        "sys.exit(main())\n"
+    )
+    command.chmod(0o755)
+    assert run("q", command=[command]).stdout == "Paris.\n"
+    terminal = run.terminal()
+    streams: dict[str, Any] = dict.fromkeys(["stdin", "stdout", "stderr"], terminal.end)
+    assert run(command=[command], **streams).code == 2
+    terminal.finish()
+    for text in (run("--help", command=[command]).stdout, terminal.received):
+        assert "usage: fallback-llm " in text
+        assert '\n  fallback-llm "What is' in text
+        assert " | fallback-llm " in text
+        assert "fallback_llm.py" not in text
+    assert "fallback_llm.py" in run("--help").stdout
+
+
+def test_a_loop_that_reads_lines(run: Program) -> None:
+    """With --no-stdin the lines are left to the loop of a shell; the help says so."""
+    (run.folder / "questions.txt").write_text("one\ntwo\nthree\n")
+    loop = 'while read -r line; do "$@" --no-stdin -q "$line"; done < questions.txt'
+    assert run(command=["/bin/sh", "-c", loop, "-", *run.command]) == (0, "Paris.\n" * 3, "")
+    assert run.questions == ["one", "two", "three"]
+    assert re.search(r"loop.*--no-stdin.*--batch", run("--help").stdout)
+
+
 def test_the_script_header_names_what_it_needs(program: Path) -> None:
     """Runners of single scripts find the Python version and the packages."""
     text = program.read_text(encoding="utf-8")
@@ -764,7 +1191,7 @@ def test_import_does_nothing(run: Program) -> None:
         import fallback_llm
         assert before == (dict(os.environ), signal.getsignal(signal.SIGINT), sys.stdout.errors)
         assert not logging.getLogger().handlers
-        assert not {"requests", "dotenv", "argparse"} & set(sys.modules)
+        assert not {"requests", "urllib3", "dotenv"} & set(sys.modules)
     """
     path = {"PYTHONPATH": str(run.path.parent)}
     assert run(command=[sys.executable, "-c", script], env=path) == (0, "", "")
@@ -778,11 +1205,26 @@ def test_check_tells_who_can_answer(run: Program) -> None:
     keys = {"GROQ_API_KEY": "gsk_wrong", "OPENROUTER_API_KEY": None}
     result = run("--check", env=dict(keys, CEREBRAS_MODELS="gpt-oss-120b,gone"))
     assert result.code == 0
-    cerebras, groq, openrouter = result.stdout.splitlines()
-    assert re.match(r"cerebras\b.*accepted.*\d+\.\d+ ?s.*gpt-oss-120b.*not.*gone", cerebras)
-    assert re.match(r"groq\b.*refused", groq)
-    assert re.match(r"openrouter\b.*missing", openrouter)
+    head, cerebras, groq, openrouter = result.stdout.splitlines()
+    served = r"cerebras +accepted +\d+\.\d+ .*: gpt-oss-120b\b.*\bnot .*: gone$"
+    assert re.match(served, cerebras)
+    assert re.match(r"groq +refused", groq)
+    assert re.match(r"openrouter +missing", openrouter)
+    for title in head.split():
+        column = head.index(title)
+        for line in (cerebras, groq, openrouter):
+            assert line[column] != " "
+            assert column == 0 or line[column - 1] == " "
     assert [asked.path for asked in run.asked] == ["/v1/models", "/openai/v1/models"]
+
+
+def test_check_of_models_that_are_not_served(run: Program) -> None:
+    """Who serves none of the listed models cannot answer; there is no empty list of those."""
+    result = run("--check")
+    assert result.code == 1
+    assert re.search(r"^cerebras +accepted +\S+ +not served: one$", result.stdout, re.MULTILINE)
+    assert "served: -" not in result.stdout
+    assert re.search(r"exit codes:(.*\n)?.*--check", run("--help").stdout)
 
 
 def test_check_when_nobody_can_answer(run: Program) -> None:
@@ -803,3 +1245,31 @@ def test_list_models(run: Program) -> None:
     listed = [f"{row['provider']}\t{row['model']}" for row in told]
     assert listed == [line for line in lines if line.startswith("groq\t")]
     assert [request for request in run.asked if request.body] == []
+
+
+def test_list_models_in_the_order_of_questions(run: Program) -> None:
+    """Those that are asked come first, as they are asked, then what else is served."""
+    ours = {"GROQ_MODELS": "qwen/qwen3.8-27b,openai/gpt-oss-20b"}
+    chosen = ["--list-models", "--provider", "openrouter,groq"]
+    result = run(*chosen, env={**OWN_LISTS, **ours})
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith("groq\t")] == lines[-3:]
+    assert lines[-3:] == [
+        "groq\tqwen/qwen3.8-27b",
+        "groq\topenai/gpt-oss-20b",
+        "groq\topenai/gpt-oss-120b",
+    ]
+    assert result.stderr == ""
+    run.plan(DOWN)
+    run("q", "--provider", "groq", "--max-attempts", "1", env=ours)
+    assert [asked.model for asked in run.asked if asked.body] == ours["GROQ_MODELS"].split(",")
+
+
+def test_lists_of_models_that_are_only_ours(run: Program) -> None:
+    """Where a provider's own list is not to be had, ours is shown, and that it is ours."""
+    run.emulator.plan("groq/models", Reply(500))
+    result = run("--list-models", env={"OPENROUTER_API_KEY": None})
+    lines = result.stdout.splitlines()
+    assert "groq\ttwo" in lines
+    assert "openrouter\tthree" in lines
+    assert re.findall("cerebras|groq|openrouter", result.stderr) == ["groq", "openrouter"]

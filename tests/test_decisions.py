@@ -10,24 +10,31 @@ import pytest
 from fallback_llm import (
     MAX_HINT,
     PROVIDERS,
+    VERDICT_RULES,
+    Candidate,
     Failure,
+    Health,
+    Option,
     Provider,
+    Queue,
     RetryConfig,
     Turn,
     Verdict,
-    backoff,
-    checked,
+    check_number,
+    first_choice,
     judge,
-    line_after,
-    next_turn,
 )
 
 NOW = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
-LIMITED, ACCOUNT_LIMITED = (Verdict.RATE_LIMITED, False), (Verdict.RATE_LIMITED, True)
-FAULT, DOWN, DENIED = (Verdict.FAULT, False), (Verdict.FAULT, True), (Verdict.DENIED, True)
-UNSUITABLE, GONE, REFUSED = (
-    (v, False) for v in (Verdict.UNSUITABLE, Verdict.GONE, Verdict.REFUSED)
-)
+LIMITED = (Verdict.RATE_LIMITED, False)
+ACCOUNT_LIMITED = (Verdict.RATE_LIMITED, True)
+FAULT = (Verdict.FAULT, False)
+DOWN = (Verdict.FAULT, True)
+UNSUITABLE = (Verdict.UNSUITABLE, False)
+GONE = (Verdict.GONE, False)
+DENIED = (Verdict.DENIED, True)
+REFUSED = (Verdict.REFUSED, False)
+REJECTED = (Verdict.REJECTED, False)
 
 
 def flat(code: Any = None, message: Any = "", type: str = "x_error", **more: Any) -> Any:
@@ -55,7 +62,12 @@ def judged(status: int, body: Any = "", **headers: str) -> Failure:
 
 def ruling(status: int, body: Any = "", **headers: str) -> Any:
     failure = judged(status, body, **headers)
-    return failure.verdict, failure.wide
+    return failure.verdict, failure.reaches_provider
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a table of messages."""
+    return [line.strip() for line in text.split("\n")]
 
 
 def rows(table: Mapping[Any, Any]) -> Any:
@@ -69,32 +81,45 @@ STATUSES = {
     LIMITED: [429],
     FAULT: [408, 409, 424, 425, 498, 499, 500, 502, 503, 504, 520, 524, 529, 599],
     DOWN: [300, 302, 307, 308, 399],
-    UNSUITABLE: [400, 404, 405, 413, 415, 422, 426, 431, 451, 497],
-    DENIED: [401, 402, 403],
+    UNSUITABLE: [400, 405, 413, 415, 422, 426, 431, 451, 497],
+    DENIED: [401, 402],
 }
+PAGE = "<!DOCTYPE html><html><head><title>Sorry</title></head></html>"
+NO_JSON: list[Any] = ["", "oops", PAGE, "error code: 1020"]
+NO_WORDS: list[Any] = [[], {}, [{}], {"error": None}, nested()]
+for vague in ("rate_limit_exceeded", "invalid_request_error", "tokens", "requests"):
+    NO_WORDS.append(nested(vague, "Something.", type=vague))
+    NO_WORDS.append({"error": {"error_type": vague}})
 
 
 @pytest.mark.parametrize(("status", "expected"), rows(STATUSES))
 def test_without_words_the_status_decides(status: int, expected: Any) -> None:
     """Whatever shape the nothing has; codes that say several things say nothing."""
-    page = "<!DOCTYPE html><html><head><title>Sorry</title></head></html>"
-    bodies: list[Any] = ["", "oops", page, None, 7, True, [], {}, [{}], {"error": None}, nested()]
-    for code in ("rate_limit_exceeded", "invalid_request_error", "tokens", "requests"):
-        bodies += [nested(code, "Something.", type=code), {"error": {"error_type": code}}]
+    bodies = [*NO_JSON, None, 7, True, *NO_WORDS]
     assert [ruling(status, body) for body in bodies] == [expected] * len(bodies)
+
+
+@pytest.mark.parametrize(("status", "no_json"), [(403, DENIED), (404, UNSUITABLE)])
+def test_a_403_or_404_in_json_is_about_the_model(status: int, no_json: Any) -> None:
+    """A page or a text comes from a gate in front of the API, or from a wrong address."""
+    assert [ruling(status, body) for body in NO_WORDS] == [GONE] * len(NO_WORDS)
+    assert [ruling(status, body) for body in NO_JSON] == [no_json] * len(NO_JSON)
 
 
 CODES = {
     GONE: "model_not_found model_archived model_archived_error model_decommissioned no_endpoints"
-    " model_deprecated model_unavailable_upstream free_variant_ended MODEL_NOT_FOUND",
+    " model_deprecated model_unavailable_upstream free_variant_ended MODEL_NOT_FOUND"
+    " model_permission_blocked_project model_permission_blocked_org",
     DENIED: "invalid_api_key wrong_api_key payment_required payment_required_error authentication"
     " insufficient_quota organization_restricted organization_delinquent authentication_error"
-    " permission_denied openrouter_credits openrouter_key_limit region_restricted account_closed",
+    " openrouter_credits openrouter_key_limit region_restricted account_closed"
+    " spend_limit_reached blocked_api_access",
     REFUSED: "content_policy_violation content_filter refusal moderation input_moderation_failed",
     ACCOUNT_LIMITED: "openrouter_in_flight_budget openrouter_free_tier_daily"
     " openrouter_free_tier_per_minute",
     LIMITED: "token_quota_exceeded request_quota_exceeded capacity_exhausted",
-    FAULT: "queue_exceeded json_validate_failed tool_use_failed timeout server_error server"
+    FAULT: "queue_exceeded json_validate_failed tool_use_failed output_parse_failed"
+    " schema_check_failed model_overloaded timeout server_error server"
     " internal_server_error overloaded provider_overloaded provider_unavailable"
     " temporarily_unavailable",
     UNSUITABLE: "context_length_exceeded max_tokens_exceeded token_limit_exceeded string_too_long"
@@ -107,14 +132,23 @@ CODES = {
     ("code", "expected"), rows({outcome: codes.split() for outcome, codes in CODES.items()})
 )
 def test_a_code_that_says_one_thing_decides(code: str, expected: Any) -> None:
-    """Wherever it stands, against any status; not when it is a part of another word."""
+    """Wherever it stands, against any status."""
     status = 418 if expected is FAULT else 500
-    error, by_type = {"code": code}, {"error_type": code, "http_status": 500}
+    error = {"code": code}
+    by_type = {"error_type": code, "http_status": 500}
     places: list[Any] = [flat(code), flat(type=code), nested(code), nested(type=code)]
     places += [[nested(code)], {"errors": [error]}, {"error": [error]}, {"error": by_type}]
     places += [nested(500, availability=error), meta(error_type=code), meta(limit_source=code)]
     assert [ruling(status, body) for body in places] == [expected] * len(places)
-    assert ruling(418, nested(f"no-{code}")) == ruling(418, nested(f"{code}-no")) == UNSUITABLE
+
+
+@pytest.mark.parametrize(
+    "code", ["queue_exceeded", "insufficient_quota", "content_filter", "no_endpoints", "server"]
+)
+def test_a_code_inside_another_word_decides_nothing(code: str) -> None:
+    """no-content_filter is another code than content_filter."""
+    assert ruling(418, nested(f"no-{code}")) == UNSUITABLE
+    assert ruling(418, nested(f"{code}-no")) == UNSUITABLE
 
 
 WORDS = {
@@ -145,15 +179,11 @@ WORDS = {
         Model a is archived
         model a has been decommissioned
         Model a: deprecated""",
-    REFUSED: """Stopped by the content management policy
-        against our content safety policy
-        Request blocked: an injection
-        Flagged by moderation""",
 }
 
 
 @pytest.mark.parametrize(
-    ("message", "expected"), rows({outcome: text.split("\n") for outcome, text in WORDS.items()})
+    ("message", "expected"), rows({outcome: lines(text) for outcome, text in WORDS.items()})
 )
 def test_narrow_words_of_the_message_decide(message: str, expected: Any) -> None:
     """In every shape, against a status, and against a code that decides nothing."""
@@ -162,6 +192,122 @@ def test_narrow_words_of_the_message_decide(message: str, expected: Any) -> None
     bodies += [flat("rate_limit_exceeded", message.upper()), nested(429, message)]
     assert [ruling(429, body) for body in bodies] == [expected] * len(bodies)
     assert ruling(410, message) == expected
+
+
+# What was asked breaks the rules: nobody else is asked.
+REFUSALS = lines("""Stopped by the content management policy
+    against our content safety policy
+    Request blocked: an injection
+    Flagged by moderation
+    Your prompt was flagged as hateful
+    The input was flagged by a classifier
+    This message violates our rules
+    Such text is not allowed by our guidelines
+    The content was blocked by a filter""")
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_words_about_what_was_asked_refuse_it(message: str) -> None:
+    """Only with a status that fits: a 429 or a 5xx says that the same question may pass later."""
+    for status in (200, 400, 403, 422):
+        assert ruling(status, nested(None, message)) == REFUSED
+    assert ruling(429, nested(None, message)) == LIMITED
+    for status in (408, 498, 500, 502, 503):
+        assert ruling(status, nested(None, message)) == FAULT
+    assert ruling(200, nested(503, message)) == FAULT
+    assert ruling(401, nested(None, message)) == DENIED
+
+
+# Somebody else, or something else, was flagged: the next provider may well answer.
+NOT_THE_QUESTION = lines("""API key was flagged by our abuse detection
+    Your API key was flagged under the content policy
+    Your key was flagged under the content policy
+    Payment method flagged
+    Your payment method was flagged: see our content policy
+    The credit card was flagged
+    Your account was flagged for the content of earlier messages
+    We flagged your account under the content policy
+    Your organization was flagged for prompts that violate the content policy
+    Your organisation has been suspended: it violates our content policy
+    IP 192.0.2.7 was flagged
+    Your IP address was flagged under the content policy
+    The address 192.0.2.7 was flagged under the content policy""")
+
+
+@pytest.mark.parametrize("status", [400, 403, 422])
+@pytest.mark.parametrize("message", NOT_THE_QUESTION)
+def test_a_flagged_key_account_card_or_address_refuses_no_question(
+    message: str, status: int
+) -> None:
+    """It is the provider's trouble with us, and ends the question nowhere else."""
+    assert ruling(status, nested(None, message)) == DENIED
+
+
+def test_a_policy_that_is_only_mentioned_refuses_no_question() -> None:
+    """A limit, or a filter that is out of order, is no judgement on what was asked."""
+    assert ruling(429, nested(None, "Slow down, as our content policy says")) == LIMITED
+    assert ruling(503, nested(None, "The content filter is out of order")) == FAULT
+    assert ruling(200, nested(None, "The safety system is out of order")) == FAULT
+    assert ruling(404, nested(None, "Our content policy has moved")) == GONE
+    assert ruling(400, nested(None, "The parameter content_filter is unknown")) == UNSUITABLE
+
+
+GENERAL_403 = {
+    GONE: """Forbidden
+        Access to this model is not enabled for you
+        Only listed robots may talk to m:free
+        The model m is switched off for the project
+        m is being tested by chosen partners
+        The keyboard layout m is locked""",
+    DENIED: """The key was revoked last week
+        This API key has no rights left
+        Your account awaits a confirmation of its e-mail
+        The organization is on hold
+        The organisation is on hold
+        All credit is spent""",
+    UNSUITABLE: """This violates the terms of the supplier
+        Against the Terms of Service of whoever serves it
+        See our usage policy for what may not be sent
+        Such requests are prohibited""",
+}
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    rows({outcome: lines(text) for outcome, text in GENERAL_403.items()}),
+)
+def test_a_403_in_words_never_seen_before(message: str, expected: Any) -> None:
+    """It is about one model, unless it names the key, the account, the credit or broken rules."""
+    shapes = [nested(403, message), flat("x", message), {"error": message}, {"detail": message}]
+    assert [ruling(403, body) for body in shapes] == [expected] * len(shapes)
+    assert ruling(200, nested(403, message)) == expected
+
+
+GENERAL_404 = {
+    GONE: """Not Found
+        Nobody serves m any longer
+        m:free has become a paid model
+        The free weeks of m are over
+        Say n instead of m
+        What you ask for has left us""",
+    UNSUITABLE: """Nobody matches your data policy
+        Your Data Policy leaves nobody for m
+        A guardrail of yours leaves nobody
+        Nobody here knows the requested parameters
+        Of the allowed providers none is left""",
+}
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    rows({outcome: lines(text) for outcome, text in GENERAL_404.items()}),
+)
+def test_a_404_in_words_never_seen_before(message: str, expected: Any) -> None:
+    """The model is gone, unless something else is named that can be changed."""
+    shapes = [nested(404, message), flat("x", message), {"error": message}, {"detail": message}]
+    assert [ruling(404, body) for body in shapes] == [expected] * len(shapes)
+    assert ruling(200, nested(404, message)) == expected
+    assert ruling(404, message) == UNSUITABLE
 
 
 LIMIT = "Limit of 9 tokens per day, 8 used. Upgrade in your billing settings to get more credits."
@@ -190,11 +336,37 @@ CASES = {
     "a limit's source unknown to us": (429, meta(limit_source="upstream_pool"), LIMITED),
     "an empty code": (500, flat("", "Bad luck, try again.", id=""), FAULT),
     "codes of odd types": (400, nested(["model_not_found"], "x", type=3), UNSUITABLE),
+    "a 429 with the type of a 500": (429, nested(None, "Slow down.", type="server_error"), LIMITED),
+    "a 429 with the code of a 500": (429, nested("overloaded", "Slow down."), LIMITED),
+    "a 429 that blocks an account for a while": (
+        429, nested(None, "The organization is blocked for a minute: too many requests"), LIMITED
+    ),
+    "a spending limit, sent as 400": (400, nested("spend_limit_reached", "Enough."), DENIED),
+    "a spending limit, sent as 429": (429, nested("spend_limit_reached", "Enough."), DENIED),
+    "unreadable output, sent as 400": (400, nested("output_parse_failed", "No JSON."), FAULT),
+    "any other _failed, sent as 400": (400, nested("poem_check_failed", "No rhyme."), FAULT),
+    "a model switched off for a project": (
+        403, nested("model_permission_blocked_team", "Ask your admin.", type="x"), GONE
+    ),
+    "a model for certain programs": (403, nested(403, "m:free is for coding tools only"), GONE),
+    "a supplier's terms": (403, nested(403, "A violation of the supplier's terms"), UNSUITABLE),
+    "a permission without a model": (403, nested("permission_denied", "You may not."), GONE),
+    "not free any more": (404, nested(404, "m is unavailable for free; say n"), GONE),
+    "in flight, with a hint": (402, nested(402, "m", **IN_FLIGHT), ACCOUNT_LIMITED),
+    "more output than a minute allows": (
+        400, nested(None, "Request too large for m on output tokens per minute"), UNSUITABLE
+    ),
+    "inside: a supplier is overloaded": (
+        200, nested(503, "Nobody is free.", metadata={"error_type": "provider_overloaded"}), FAULT
+    ),
+    "inside: a limit by its type": (
+        200, nested(429, "Slow.", metadata={"error_type": "rate_limit_exceeded"}), LIMITED
+    ),
     "a moderation's reasons": (403, meta(reasons=["violence"]), REFUSED),
     "a moderation's input": (403, meta(flagged_input="bad"), REFUSED),
     "a guardrail's patterns": (403, meta(patterns=["bad"]), REFUSED),
-    "no reasons, so no moderation": (403, meta(reasons=[]), DENIED),
-    "a bare 404 is not the model's end": (404, nested(404, "Not Found"), UNSUITABLE),
+    "no reasons, so no moderation": (403, meta(reasons=[]), GONE),
+    "a bare 404": (404, nested(404, "Not Found"), GONE),
     "the word model alone": (400, nested(400, "Give the model a prompt"), UNSUITABLE),
     "the text of a gate": (403, "error code: 1020", DENIED),
     "429 as a page": (429, "<html><title>Slow down</title></html>", LIMITED),
@@ -207,14 +379,15 @@ CASES = {
     "supplier: its bill as 429": (429, routed('{"code":"insufficient_quota"}'), LIMITED),
     "supplier: its network": (502, routed("Check your network settings"), FAULT),
     "supplier: says nothing": (502, routed(""), FAULT),
-    "supplier: no metadata": (403, nested(403, "Provider returned error"), FAULT),
+    "supplier: no metadata": (502, nested(502, "Provider returned error"), FAULT),
+    "supplier: a model it does not have": (403, nested(403, "Provider returned error"), GONE),
     "raw is heard only of a supplier": (502, meta(raw='{"code":"model_archived"}'), FAULT),
     "inside: a status": (200, nested(429, "m"), LIMITED),
     "inside: a status as text": (200, nested("402", "m"), DENIED),
     "inside: a code": (200, nested("model_not_found", "m"), GONE),
     "inside: status_code beside it": (200, {"status_code": 401, "error": {"code": ""}}, DENIED),
     "inside: status_code in it": (200, nested("x", "m", status_code=400), UNSUITABLE),
-    "inside: http_status": (200, nested(None, "m", http_status=404), UNSUITABLE),
+    "inside: http_status": (200, nested(None, "m", http_status=422), UNSUITABLE),
     "inside: the lowest status": (200, nested(400, "m"), UNSUITABLE),
     "inside: lower": (200, nested(399, "m"), FAULT),
     "inside: the highest status": (200, nested(599, "m"), FAULT),
@@ -255,13 +428,31 @@ REASONS = {
     "redirect": (300, "", "300 Redirect Error: Multiple Choices"),
     "a status without a name": (529, "", "529 Server Error: Unknown"),
     "page": (500, "\n<!doctype html><title> A\n</title>", SERVER + ": HTML page: A"),
-    "untitled page": (404, "<HEAD>", "404 Client Error: Not Found: HTML page: "),
+    "a page without words": (
+        404, "<HEAD>", "404 Client Error: Not Found: an HTML page without words"
+    ),
+    "a page with a heading": (
+        500, "<html><h1>A <b>bad</b>\nday", SERVER + ": HTML page: A bad day"
+    ),
+    "an empty title": (500, "<html><title></title><h1>A</h1>", SERVER + ": HTML page: A"),
+    "first words": (
+        500, "<body><style>p {}</style><p>One </p>two</body>", SERVER + ": HTML page: One two"
+    ),
+    "XML": (500, "<?xml version='1.0'?>\n<html><title>A</title>", SERVER + ": HTML page: A"),
+    "XML that is no page": (
+        500, "<?xml version='1.0'?><Error><Code>A</Code></Error>", SERVER + ": HTML page: A"
+    ),
+    "a page that a router quotes": (
+        500, routed(PAGE), SERVER + ": Provider returned error: HTML page: Sorry"
+    ),
     "codes instead of words": (400, flat("a"), "400 Client Error: Bad Request: a x_error"),
     "words that are data": (400, nested(1, {"a": 1}), '400 Client Error: Bad Request: {"a": 1}'),
     "inside, with a status": (200, nested(502, "Off."), "error 502 inside the reply: Off."),
     "inside, the last": (200, nested(599, "Off."), "error 599 inside the reply: Off."),
-    "inside, without": (200, nested(600, "Off."), "error: Off."),
-    "a supplier's words": (0, routed('{"message": "a"}'), "error: Provider returned error: a"),
+    "inside, without": (200, nested(600, "Off."), "error inside the reply: Off."),
+    "a supplier's words": (
+        0, routed('{"message": "a"}'), "error inside the reply: Provider returned error: a"
+    ),
 }
 # fmt: on
 
@@ -276,7 +467,9 @@ def test_the_reason_is_requests_wording_and_the_providers(
 
 # --- How long to wait ---------------------------------------------------------------------------
 
-AT, RESET, IN_MS = "Fri, 15 Jan 2027 08:00:{} GMT", str(NOW + 9), str(int(NOW + 9) * 1000)
+AT = "Fri, 15 Jan 2027 08:00:{} GMT"
+RESET = str(NOW + 9)
+IN_MS = str(int(NOW + 9) * 1000)
 ALL = {"retry_after_ms": "1500", "retry_after": "2", "x_ratelimit_reset": RESET, "date": AT}
 ECHO = {"headers": {"ReTRY-After": "6", "X-RateLimit-Reset": NOW + 8}}
 WAIT = {"availability": {"retry_after": 5}}
@@ -314,6 +507,7 @@ HINTS: dict[str, tuple[dict[str, str], Any, float | None]] = {
     "a date that is past": ({"retry_after": AT.format("00"), "date": AT.format("01")}, AGAIN, 7),
     "no such date": ({"retry_after": "Fri, 99 Jan 2027 99:00:00 GMT"}, AGAIN, 7),
     "per minute is no hint": ({}, flat("token_quota_exceeded", "Tokens per minute"), None),
+    "a hint of what is in flight": ({"retry_after": "120"}, nested(402, "m", **IN_FLIGHT), 120),
     "a hint wins over per day": ({}, nested(1, "9 per day (RPD). Try again in 1m31.2s."), 91.2),
 }
 # fmt: on
@@ -362,115 +556,227 @@ def test_seconds_said_in_a_text(message: str, seconds: float) -> None:
 
 def test_backoff() -> None:
     """Grows, and is capped; also where a float overflows."""
-    assert [backoff(RetryConfig(), n) for n in range(1, 8)] == [2, 4, 8, 16, 32, 60, 60]
-    assert [backoff(RetryConfig(exponential_base=1), n) for n in range(1, 4)] == [2, 2, 2]
+    assert [RetryConfig().backoff(n) for n in range(1, 8)] == [2, 4, 8, 16, 32, 60, 60]
+    assert [RetryConfig(exponential_base=1).backoff(n) for n in range(1, 4)] == [2, 2, 2]
     slow = RetryConfig(base_delay=0.5, exponential_base=3)
-    assert [backoff(slow, n) for n in range(1, 4)] == [0.5, 1.5, 4.5]
-    assert backoff(RetryConfig(base_delay=0), 1) == 0
-    assert backoff(RetryConfig(exponential_base=1e9), 1000) == 60.0
+    assert [slow.backoff(n) for n in range(1, 4)] == [0.5, 1.5, 4.5]
+    assert RetryConfig(base_delay=0).backoff(1) == 0
+    assert RetryConfig(exponential_base=1e9).backoff(1000) == 60.0
 
 
 # --- Who is next --------------------------------------------------------------------------------
 
-A, B = (Provider(name, f"https://{name}.test", "KEY", ("1", "2")) for name in "ab")
+A = Provider("a", "https://a.test", "KEY", ("1", "2"))
+B = Provider("b", "https://b.test", "KEY", ("1", "2"))
 
 
-def turn(
-    name: str, wait: float = -100, patience: float = 0.0, attempts: int = 0, place: int = 0
-) -> Turn:
-    """The turn of a model such as "a1", at 100 seconds."""
-    return Turn(A if name[0] == "a" else B, name[1], name, attempts, 100 + wait, patience, place)
+def candidate(name: str) -> Candidate:
+    """The candidate of a name such as "a1"."""
+    return Candidate(A if name[0] == "a" else B, name)
+
+
+def option(name: str, wait: float = 0.0, patience: float = 0.0) -> Option:
+    return Option(Turn(candidate(name)), wait, patience)
 
 
 LINES = {
     "nobody": ([], 60, None),
-    "the first": ([turn("a1"), turn("b1")], 60, ("a1", 0)),
-    "ready is ready": ([turn("a1", -5), turn("b1", -9)], 60, ("a1", 0)),
-    "who is ready passes": ([turn("a1", 5), turn("b1", 0)], 60, ("b1", 0)),
-    "within its patience": ([turn("a1", 5, 5), turn("b1", 0)], 60, ("a1", 5)),
-    "beyond it": ([turn("a1", 5.1, 5), turn("b1", 0)], 60, ("b1", 0)),
-    "a new turn has no patience": ([Turn(A, "1", "a1", 0, 100.5), turn("b1", 0)], 60, ("b1", 0)),
-    "the soonest": ([turn("a1", 9), turn("b1", 3), turn("b2", 4)], 60, ("b1", 3)),
-    "the first of two": ([turn("a1", 3), turn("b1", 3)], 60, ("a1", 3)),
-    "patience before the soonest": ([turn("a1", 5, 9), turn("b1", 3)], 60, ("a1", 5)),
-    "patience, in the limit": ([turn("a1", 5, 9), turn("b1", 3)], 4, ("b1", 3)),
-    "patience, at the limit": ([turn("a1", 5, 5), turn("b1", 3)], 5, ("a1", 5)),
-    "the soonest, at the limit": ([turn("a1", 5)], 5, ("a1", 5)),
-    "beyond the limit": ([turn("a1", 5)], 4.9, None),
-    "no time left": ([turn("a1")], -1, None),
+    "the first": ([option("a1"), option("b1")], 60, ("a1", 0)),
+    "who is ready passes": ([option("a1", 5), option("b1")], 60, ("b1", 0)),
+    "within its patience": ([option("a1", 5, 5), option("b1")], 60, ("a1", 5)),
+    "beyond it": ([option("a1", 5.1, 5), option("b1")], 60, ("b1", 0)),
+    "without patience": ([option("a1", 0.5), option("b1")], 60, ("b1", 0)),
+    "the soonest": ([option("a1", 9), option("b1", 3), option("b2", 4)], 60, ("b1", 3)),
+    "the first of two": ([option("a1", 3), option("b1", 3)], 60, ("a1", 3)),
+    "patience before the soonest": ([option("a1", 5, 9), option("b1", 3)], 60, ("a1", 5)),
+    "patience, in the limit": ([option("a1", 5, 9), option("b1", 3)], 4, ("b1", 3)),
+    "patience, at the limit": ([option("a1", 5, 5), option("b1", 3)], 5, ("a1", 5)),
+    "the soonest, at the limit": ([option("a1", 5)], 5, ("a1", 5)),
+    "beyond the limit": ([option("a1", 5)], 4.9, None),
+    "no time left": ([option("a1")], -1, None),
 }
 
 
 @pytest.mark.parametrize(("line", "limit", "expected"), LINES.values(), ids=list(LINES))
-def test_next_turn(line: list[Turn], limit: float, expected: Any) -> None:
+def test_first_choice(line: list[Option], limit: float, expected: Any) -> None:
     """The first whose wait is within its patience, else the soonest; within the limit."""
-    found, wait = next_turn([(turn, max(0.0, turn.ready_at - 100)) for turn in line], limit)
-    assert (found and (found.label, wait)) == expected
+    choice = first_choice(line, limit)
+    assert (choice and (choice.turn.candidate.model, choice.wait)) == expected
 
 
-PLAIN, JITTER, TWICE = RetryConfig(jitter=False), RetryConfig(), RetryConfig(2, jitter=False)
-EAGER, SHORT = RetryConfig(jitter=False, eager=True), RetryConfig(base_delay=0.5, jitter=False)
-FIRST, OUT, LAST, NONE = "a1 a2 b1", "a2 b1", "a2 b1 a1", (0, 0)
-MOVES = {  # attempts before, ruling, hint, config, chance; the line, wait and patience of who moved
-    "a short pause keeps its place": (0, LIMITED, None, PLAIN, 0, FIRST, (2, 30)),
-    "so does the second": (1, LIMITED, None, PLAIN, 0, FIRST, (4, 28)),
-    "and the last": (3, LIMITED, None, PLAIN, 0, FIRST, (16, 16)),
-    "after the last attempt it is out": (4, LIMITED, None, PLAIN, 0, OUT, NONE),
-    "the last of two": (1, LIMITED, None, TWICE, 0, OUT, NONE),
-    "a hint within the patience": (0, LIMITED, 30.0, PLAIN, 0, FIRST, (30, 30)),
-    "a hint beyond it": (0, LIMITED, 30.1, PLAIN, 0, LAST, (30.1, 0)),
-    "no wait below the backoff": (0, LIMITED, 1.0, PLAIN, 0, FIRST, (2, 30)),
-    "eager waits for nobody": (0, LIMITED, None, EAGER, 0, LAST, (2, 0)),
-    "a pause below a second": (0, LIMITED, None, SHORT, 0, FIRST, (0.5, 7.5)),
-    "a fault that short": (0, FAULT, None, SHORT, 0, LAST, (0.5, 0)),
-    "a fault goes to the end": (0, FAULT, None, PLAIN, 0, LAST, (2, 0)),
-    "with its hint": (0, FAULT, 9.0, PLAIN, 0, LAST, (9, 0)),
-    "a fault again": (2, FAULT, None, PLAIN, 0, LAST, (8, 0)),
-    "a fault after the last attempt": (4, FAULT, None, PLAIN, 0, OUT, NONE),
-    "unsuitable is out": (0, UNSUITABLE, None, PLAIN, 0, OUT, NONE),
-    "gone is out": (0, GONE, None, PLAIN, 0, OUT, NONE),
-    "refused is out": (0, REFUSED, None, PLAIN, 0, OUT, NONE),
-    "denied takes all models": (0, DENIED, None, PLAIN, 0, "b1", NONE),
-    "a provider's fault moves all": (0, DOWN, None, PLAIN, 0, "b1 a1 a2", (2, 0)),
-    "a provider's limit holds for all": (0, ACCOUNT_LIMITED, None, PLAIN, 0, FIRST, (2, 30)),
-    "and moves all when it is long": (0, ACCOUNT_LIMITED, 99.0, PLAIN, 0, "b1 a1 a2", (99, 0)),
-    "jitter takes a fifth at most": (0, LIMITED, None, JITTER, 0, FIRST, (1.6, 30)),
-    "or half of it": (0, LIMITED, None, JITTER, 0.5, FIRST, (1.8, 30)),
-    "or nothing": (0, LIMITED, None, JITTER, 1, FIRST, (2, 30)),
-    "but nothing from a hint": (0, LIMITED, 2.0, JITTER, 0, FIRST, (2, 30)),
-}
+class Line:
+    """A queue of a1, a2 and b1 at 100 seconds, in a time that stands still."""
+
+    def __init__(
+        self, config: RetryConfig, chance: float = 0.0, time_left: float = math.inf
+    ) -> None:
+        self.now = 100.0
+        health = Health(self.clock, self.clock)
+        names = ("a1", "a2", "b1")
+        self.queue = Queue(
+            [candidate(name) for name in names],
+            self.now + time_left,
+            health,
+            config,
+            self.clock,
+            lambda: chance,
+        )
+
+    def clock(self) -> float:
+        return self.now
+
+    def fail(self, failure: Failure) -> str:
+        """Whoever is next fails, after its wait. Returns its name."""
+        step = self.queue.next()
+        assert step is not None
+        self.now += step.wait
+        self.queue.failed(step.turn, failure)
+        return step.turn.candidate.model
+
+    def order(self) -> list[Any]:
+        """Who would be asked, one after the other, and after which waits, if nobody answered.
+
+        Each one is taken out in its turn, while no time passes.
+        """
+        found = []
+        step = self.queue.next()
+        while step is not None:
+            found.append((step.turn.candidate.model, pytest.approx(step.wait)))
+            self.queue.failed(step.turn, Failure(Verdict.UNSUITABLE, ""))
+            step = self.queue.next()
+        return found
+
+
+PLAIN = RetryConfig(jitter=False, max_delay=100.0)
+JITTER = RetryConfig(max_delay=100.0)
+TWICE = RetryConfig(2, jitter=False)
+NO_WAIT = RetryConfig(jitter=False, wait_on_rate_limit=False)
+SHORT = RetryConfig(base_delay=0.5, jitter=False)
+A2 = ("a2", 0)
+B1 = ("b1", 0)
+
+
+def a1(wait: float) -> Any:
+    return ("a1", wait)
+
+
+def a2(wait: float) -> Any:
+    return ("a2", wait)
+
+
+# Attempts of a1 before, how it fails, the server's hint, settings, chance; who comes next.
+MOVES: dict[str, Any] = {
+    "a short pause keeps its place": (0, LIMITED, None, PLAIN, 0, [a1(2), A2, B1]),
+    "so does the second": (1, LIMITED, None, PLAIN, 0, [a1(4), A2, B1]),
+    "and the third": (2, LIMITED, None, PLAIN, 0, [a1(8), A2, B1]),
+    "and the last": (3, LIMITED, None, PLAIN, 0, [a1(16), A2, B1]),
+    "after the last attempt it is out": (4, LIMITED, None, PLAIN, 0, [A2, B1]),
+    "the last of two": (1, LIMITED, None, TWICE, 0, [A2, B1]),
+    "a hint of the backoff that is due": (0, LIMITED, 2.0, PLAIN, 0, [a1(2), A2, B1]),
+    "a hint beyond it": (0, LIMITED, 2.1, PLAIN, 0, [A2, B1, a1(2.1)]),
+    "a hint of the second backoff": (1, LIMITED, 4.0, PLAIN, 0, [a1(4), A2, B1]),
+    "a hint beyond the second": (1, LIMITED, 4.1, PLAIN, 0, [A2, B1, a1(4.1)]),
+    "no wait below the backoff": (0, LIMITED, 1.0, PLAIN, 0, [a1(2), A2, B1]),
+    "--no-wait waits for nobody": (0, LIMITED, None, NO_WAIT, 0, [A2, B1, a1(2)]),
+    "a pause below a second": (0, LIMITED, None, SHORT, 0, [a1(0.5), A2, B1]),
+    "a fault that short": (0, FAULT, None, SHORT, 0, [A2, B1, a1(0.5)]),
+    "a fault goes to the end": (0, FAULT, None, PLAIN, 0, [A2, B1, a1(2)]),
+    "with its hint": (0, FAULT, 9.0, PLAIN, 0, [A2, B1, a1(9)]),
+    "a fault again": (2, FAULT, None, PLAIN, 0, [A2, B1, a1(8)]),
+    "a fault after the last attempt": (4, FAULT, None, PLAIN, 0, [A2, B1]),
+    "what was not accepted goes to the end": (0, REJECTED, None, PLAIN, 0, [A2, B1, a1(2)]),
+    "unsuitable is out": (0, UNSUITABLE, None, PLAIN, 0, [A2, B1]),
+    "gone is out": (0, GONE, None, PLAIN, 0, [A2, B1]),
+    "refused is out": (0, REFUSED, None, PLAIN, 0, [A2, B1]),
+    "denied takes all models": (0, DENIED, None, PLAIN, 0, [B1]),
+    "a provider's fault moves all, itself the last": (0, DOWN, None, PLAIN, 0, [B1, a2(2), a1(2)]),
+    "a provider's limit holds for all": (
+        0, ACCOUNT_LIMITED, None, PLAIN, 0, [a1(2), a2(2), B1]
+    ),
+    "and moves all when it is long": (
+        0, ACCOUNT_LIMITED, 99.0, PLAIN, 0, [B1, a2(99), a1(99)]
+    ),
+    "jitter takes a fifth at most": (0, LIMITED, None, JITTER, 0, [a1(1.6), A2, B1]),
+    "or half of it": (0, LIMITED, None, JITTER, 0.5, [a1(1.8), A2, B1]),
+    "or nothing": (0, LIMITED, None, JITTER, 1, [a1(2), A2, B1]),
+    "but nothing from a hint": (0, LIMITED, 2.0, JITTER, 0, [a1(2), A2, B1]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=list(MOVES))
-def test_line_after(move: Any) -> None:
+def test_who_comes_after_a_failure(move: Any) -> None:
     """Who is out, who keeps the place, who goes to the end; and how long each is not asked."""
-    attempts, (verdict, wide), hint, config, chance, order, (wait, patience) = move
-    line = [turn("a1", attempts=attempts), turn("a2"), turn("b1", -93, 3, place=6)]
-    before = [each._asdict() for each in line]
-    expected = {each["label"]: dict(each) for each in before}
-    reached = ("a1", "a2") if wide else ("a1",)
-    for label in reached:
-        expected[label].update(ready_at=pytest.approx(100 + wait), patience=patience)
-        expected[label]["attempts"] += 1
-        expected[label]["place"] = 0 if order == FIRST else 7
-    after = line_after(line, line[0], Failure(verdict, "", wide, hint), config, 100.0, chance)
-    ordered = sorted(after, key=lambda each: (each.place, each.label))
-    assert [each._asdict() for each in ordered] == [expected[label] for label in order.split()]
-    assert [each._asdict() for each in line] == before
+    attempts, (verdict, reaches_provider), hint, config, chance, expected = move
+    line = Line(config, chance)
+    for _ in range(attempts):
+        assert line.fail(Failure(Verdict.RATE_LIMITED, "")) == "a1"
+    assert line.fail(Failure(verdict, "", reaches_provider, hint=hint)) == "a1"
+    assert line.order() == expected
+
+
+# Seconds of the question that are left, the server's hint; who comes next.
+LIMITS: dict[str, Any] = {
+    "half of the time is enough": (4.0, None, [a1(2), A2, B1]),
+    "half of the time is too little": (3.9, None, [A2, B1, a1(2)]),
+    "nor does a hint change that": (3.9, 2.0, [A2, B1, a1(2)]),
+    "nobody waits until the time is up": (2.0, None, [A2, B1]),
+}
+
+
+@pytest.mark.parametrize(("time_left", "hint", "expected"), LIMITS.values(), ids=list(LIMITS))
+def test_the_next_one_needs_time_too(time_left: float, hint: Any, expected: Any) -> None:
+    """No more than half of what is left of a time limit is spent on waiting for one model."""
+    line = Line(PLAIN, time_left=time_left)
+    line.fail(Failure(Verdict.RATE_LIMITED, "", hint=hint))
+    assert line.order() == expected
+
+
+def test_silence_sends_the_siblings_behind_the_other_providers() -> None:
+    """They are ready, but whoever serves them is suspect; the silent one comes last of all."""
+    line = Line(PLAIN)
+    line.fail(Failure(Verdict.FAULT, "", delays_siblings=True))
+    assert line.order() == [B1, A2, a1(2)]
+
+
+def test_everybody_has_a_turn_before_anybody_has_two() -> None:
+    """A silent model does not starve its healthy sibling."""
+    line = Line(PLAIN)
+    silence = Failure(Verdict.FAULT, "", delays_siblings=True)
+    assert [line.fail(silence) for _ in range(3)] == ["a1", "b1", "a2"]
+
+
+def test_a_connection_that_was_closed_meanwhile_is_opened_again_at_once() -> None:
+    """Once: it is an attempt of its own, and the second one is a fault like any other."""
+    line = Line(PLAIN)
+    stale = Failure(Verdict.FAULT, "", is_stale=True)
+    assert line.fail(stale) == "a1"
+    assert line.fail(stale) == "a1"
+    assert line.order() == [A2, B1, a1(4)]
+
+
+def test_without_any_network_there_is_one_more_round() -> None:
+    """When nobody could be reached at all, it is our own network that is down."""
+    line = Line(PLAIN)
+    unreachable = Failure(Verdict.FAULT, "", is_unreachable=True)
+    asked = [line.fail(unreachable) for _ in range(6)]
+    assert sorted(asked[:3]) == sorted(asked[3:]) == ["a1", "a2", "b1"]
+    assert line.order() == []
 
 
 # --- What is refused at birth -------------------------------------------------------------------
 
-NAN, INF = math.nan, math.inf
+NAN = math.nan
+INF = math.inf
 NUMBERS: dict[str, tuple[float, float, list[Any]]] = {
     "max_attempts": (1, 1000, [0, 1001, 2.0, "5", True, None, NAN]),
     "max_tokens": (1, 1000000, [0, 1000001, 1.5, True]),
+    "max_workers": (1, 1000, [0, 1001, 8.0]),
     "workers": (1, 1000, [0, 1001, 8.0]),
     "base_delay": (0, 1e9, [-0.1, 1.1e9, NAN, INF, -INF, "2", None, True, False, [2], 2j]),
     "max_delay": (0, 1e9, [-0.1, 1.1e9, NAN, INF, "2", None, True]),
     "exponential_base": (1, 1e9, [0.9, 1.1e9, NAN, INF, "2", None, True]),
     "timeout": (1e-6, 1e9, [0, -1, 1.1e9, NAN, INF, "9", True]),
-    "silence": (1e-6, 1e9, [0, -1, 1.1e9, NAN, INF, None]),
+    "idle_timeout": (1e-6, 1e9, [0, -1, 1.1e9, NAN, INF, None]),
     "temperature": (0, 2, [-0.1, 2.1, NAN, "1", True]),
 }
 
@@ -479,11 +785,12 @@ NUMBERS: dict[str, tuple[float, float, list[Any]]] = {
 def test_numbers_that_cannot_be_meant(name: str) -> None:
     """The lowest and the highest are allowed; everything else is refused with its name."""
     lowest, highest, nonsense = NUMBERS[name]
-    assert (checked(name, lowest), checked(name, highest)) == (lowest, highest)
+    check_number(name, lowest)
+    check_number(name, highest)
     config: dict[str, Any] = {"base_delay": 0, "max_delay": 1e9}
     for value in nonsense:
         with pytest.raises(ValueError, match=f"^{name} must be a.* not "):
-            checked(name, value)
+            check_number(name, value)
         if name in vars(RetryConfig()):
             with pytest.raises(ValueError, match=f"^{name} must be a.* not "):
                 RetryConfig(**{**config, name: value})
@@ -491,22 +798,26 @@ def test_numbers_that_cannot_be_meant(name: str) -> None:
 
 def test_retry_config() -> None:
     """The defaults are the documented ones, and the delays agree with each other."""
-    assert RetryConfig() == RetryConfig(5, 2.0, 60.0, 2.0, True, False)
+    assert RetryConfig() == RetryConfig(5, 2.0, 60.0, 2.0, True, True)
     assert RetryConfig(base_delay=60.0).max_delay == 60.0
-    with pytest.raises(ValueError, match=r"^max_delay must be >= base_delay, not 1 with 2\.0$"):
+    with pytest.raises(ValueError, match=r"^max_delay \(1\) is below base_delay \(2\)$"):
         RetryConfig(max_delay=1)
 
 
 def test_verdicts() -> None:
-    """Who is asked again in the question, and how long later questions ask it last."""
-    assert all(verdict.advice for verdict in Verdict)
-    assert {verdict.word: (verdict.again, verdict.asked_last) for verdict in Verdict} == {
-        "rate_limited": (True, 0.0),
-        "fault": (True, 0.0),
-        "unsuitable": (False, None),
-        "gone": (False, 600.0),
-        "denied": (False, 600.0),
-        "refused": (False, None),
+    """Who is asked again in the question, what counts later, and how long it is asked last."""
+    assert all(rule.advice for rule in VERDICT_RULES.values())
+    rules = {}
+    for verdict, rule in VERDICT_RULES.items():
+        rules[verdict.value] = (rule.asked_again, rule.counts, rule.asked_last_for)
+    assert rules == {
+        "rate_limited": (True, True, 0.0),
+        "fault": (True, True, 0.0),
+        "unsuitable": (False, False, 0.0),
+        "gone": (False, True, 600.0),
+        "denied": (False, True, 600.0),
+        "refused": (False, False, 0.0),
+        "rejected": (True, False, 0.0),
     }
 
 
@@ -514,9 +825,14 @@ def test_a_providers_row() -> None:
     """It names its variables, can be a key, and refuses what it cannot mean."""
     assert len({hash(row) for row in PROVIDERS}) == 3
     row = Provider("my-own.ai", "https://x.test", None, ["m"])  # type: ignore[arg-type]
-    assert (row.models, row.silence, row.free_only, row.key_path) == (("m",), 60, False, "/models")
+    assert row.models == ("m",)
+    assert row.idle_timeout == 60
+    assert not row.free_only
+    assert row.key_path == "/models"
     assert row.variable("MODELS") == "MY_OWN_AI_MODELS"
-    with pytest.raises(ValueError, match=r"^a row has .* several models: Provider\(name='a', "):
+    with pytest.raises(ValueError, match=r"^models of a must be several, such as \('m',\)$"):
         Provider("a", "https://x.test", None, "m")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^silence must be a finite number"):
-        Provider("a", "https://x.test", None, ("m",), silence=0)
+    with pytest.raises(ValueError, match=r"^a provider's name must be in lower case, not 'A'$"):
+        Provider("A", "https://x.test", None, ("m",))
+    with pytest.raises(ValueError, match=r"^idle_timeout must be a finite number"):
+        Provider("a", "https://x.test", None, ("m",), idle_timeout=0)

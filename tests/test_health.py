@@ -1,20 +1,25 @@
-"""What outlives a question: the memory over sequences of results."""
+"""What is known of providers and models across questions, told as stories."""
 
 from __future__ import annotations
 
+import gc
 import math
-from typing import Any
+import threading
+from typing import Any, Callable
 
 import pytest
+from fakes import STUCK, FakeClock, Reply, World, event, limited, says
 
 from fallback_llm import (
+    Candidate,
     Failure,
-    FallbackLLM,
+    Health,
     Provider,
     ProviderHealth,
     ProviderStatus,
+    Queue,
     RetryConfig,
-    Turn,
+    Slot,
     Verdict,
 )
 
@@ -22,21 +27,45 @@ ROWS = {name: Provider(name, f"https://{name}.test", "KEY", ("1", "2")) for name
 EPOCH = 1_000_000.0  # of the epoch, when the clock says 0
 LIMITED, FAULT, DENIED, GONE = Verdict.RATE_LIMITED, Verdict.FAULT, Verdict.DENIED, Verdict.GONE
 HEALTHY, RATE_LIMITED, FAILED, UNAVAILABLE = ProviderStatus
+PLAIN = RetryConfig(jitter=False)
+PATIENT = RetryConfig(jitter=False, max_delay=1e6)
 
 
-def turn(name: str, **more: Any) -> Turn:
-    """The turn of a model such as "a1"."""
-    return Turn(ROWS[name[0]], name[1], name, **more)
+def candidate(name: str) -> Candidate:
+    """A model such as "a1"."""
+    return Candidate(ROWS[name[0]], name[1])
 
 
-class Story:
-    """A memory to which things happen, each at a time of the clock."""
+def name_of(asked: Candidate) -> str:
+    return asked.row.name + asked.model
+
+
+class Memory:
+    """A memory under test, and its clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        clocks: Any = {"clock": lambda: self.now, "wall_clock": lambda: EPOCH + self.now}
-        keys = dict.fromkeys("ab", "k-11111111")
-        self.llm = FallbackLLM(providers=ROWS.values(), api_keys=keys, **clocks)
+        self.health = Health(lambda: self.now, lambda: EPOCH + self.now)
+
+    def queue(self, *names: str, deadline: float = math.inf, config: Any = PATIENT) -> Queue:
+        """The line of a new question."""
+        candidates = [candidate(name) for name in names]
+        return Queue(candidates, deadline, self.health, config, lambda: self.now, lambda: 1.0)
+
+    def take(self, name: str) -> Slot:
+        with self.health.lock:
+            return self.health.take(candidate(name), self.now, self.now)
+
+
+class Story:
+    """Things that happen to a memory, each at a time of the clock.
+
+    Whoever wants to know how it stands hears the story told from its beginning, so that asking
+    changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self._chapters: list[Callable[[Memory], object]] = []
 
     def fails(
         self,
@@ -46,56 +75,87 @@ class Story:
         model: str = "a1",
         **more: Any,
     ) -> Story:
-        """An attempt that began at `since`, or just then."""
-        return self._record(at, Failure(verdict, "", **more), since, model)
+        """An attempt that began at `since`, or just then, and failed."""
+
+        def happens(memory: Memory) -> None:
+            begun = at if since is None else since
+            memory.now = begun
+            slot = memory.take(model)
+            memory.now = at
+            memory.health.failed(slot, begun, Failure(verdict, "", **more), PLAIN.backoff)
+
+        self._chapters.append(happens)
+        return self
 
     def answers(self, at: float, since: float | None = None, model: str = "a1") -> Story:
-        return self._record(at, None, since, model)
+        """An attempt that began at `since`, or just then, and was answered."""
+
+        def happens(memory: Memory) -> None:
+            begun = at if since is None else since
+            memory.now = begun
+            slot = memory.take(model)
+            memory.now = at
+            memory.health.answered(slot, begun, None)
+
+        self._chapters.append(happens)
+        return self
 
     def leases(self, at: float, model: str = "a1") -> Story:
         """Somebody is chosen and has not been heard of yet."""
-        self.now = at
-        assert self.llm._next([turn(model)], 1e9)[0]
+
+        def happens(memory: Memory) -> None:
+            memory.now = at
+            step = memory.queue(model).next()
+            assert step is not None
+
+        self._chapters.append(happens)
         return self
 
-    def _record(self, at: float, failure: Any, since: float | None, model: str) -> Story:
-        since = at if since is None else since
-        self.now = at
-        self.llm._record(turn(model), failure, since)
+    def closes(self, at: float, model: str = "a1", text_since: float | None = None) -> Story:
+        """The caller ends an attempt; it had given some text if it is said since when it ran."""
+
+        def happens(memory: Memory) -> None:
+            memory.now = at if text_since is None else text_since
+            slot = memory.take(model)
+            memory.now = at
+            memory.health.drop(slot, text_since)
+
+        self._chapters.append(happens)
         return self
 
-    def line(self, at: float, *turns: Turn) -> list[tuple[Turn, float]]:
-        """Who would be asked one after the other, and the wait for each; nobody gets a lease."""
-        self.now, line, asked = at, [*turns] or [turn(n) for n in ("a1", "a2", "b1")], []
-        leases = {mark: mark.probed_until for mark in self.llm._marks.values()}
-        while line:
-            # patience without end: not the wait, but the place and the marks give the order
-            self.llm.retry_config = RetryConfig(max_delay=1e9)
-            chosen, wait = self.llm._next([each._replace(patience=1e9) for each in line], 1e9)
-            self.llm.retry_config = RetryConfig()
-            for mark, until in leases.items():
-                mark.probed_until = until
-            (chosen,) = [each for each in line if chosen and each.label == chosen.label]
-            line.remove(chosen)
-            asked.append((chosen, wait))
-        return asked
+    def told(self, at: float) -> Memory:
+        """The memory at this time."""
+        memory = Memory()
+        for happens in self._chapters:
+            happens(memory)
+        memory.now = at
+        return memory
 
-    def order(self, at: float, *turns: Turn) -> str:
-        """Who is asked in which order, all that wait alike."""
-        return " ".join(each.label for each, _ in self.line(at, *turns))
+    def order(self, at: float) -> str:
+        """Whom a question asks one after the other, when none of them can help."""
+        memory = self.told(at)
+        line = memory.queue("a1", "a2", "b1")
+        asked = []
+        step = line.next()
+        while step is not None:
+            assert step.slot is not None
+            memory.health.drop(step.slot)
+            asked.append(name_of(step.turn.candidate))
+            line.failed(step.turn, Failure(Verdict.UNSUITABLE, ""))
+            step = line.next()
+        return " ".join(asked)
 
-    def waits(self, at: float, *turns: Turn) -> list[float]:
-        """Of a1, a2, b1."""
-        line = self.line(at, *turns)
-        return [wait for _, wait in sorted(line, key=lambda pair: pair[0].label)]
+    def waits(self, at: float) -> list[float]:
+        """How long questions for a1, for a2 and for b1 wait."""
+        waits = []
+        for name in ("a1", "a2", "b1"):
+            step = self.told(at).queue(name).next()
+            assert step is not None
+            waits.append(step.wait)
+        return waits
 
-    def ready_at(self, model: str) -> float:
-        return float(self.llm._ready_at(turn(model, ready_at=-math.inf)))
-
-    def health(self, at: float, name: str = "a", has_key: bool = True) -> ProviderHealth:
-        self.now = at
-        self.llm.api_keys[name] = "k-11111111" if has_key else None
-        return self.llm.provider_health[name]
+    def status(self, at: float, name: str = "a", has_key: bool = True) -> ProviderHealth:
+        return self.told(at).health.of_provider(name, has_key)
 
 
 # --- Who is asked later -------------------------------------------------------------------------
@@ -119,11 +179,12 @@ def test_a_fault_is_asked_last_for_a_while() -> None:
         pytest.param(LIMITED, False, LATER, id="limited, no hint"),
         pytest.param(Verdict.UNSUITABLE, False, FIRST, id="unsuitable"),
         pytest.param(Verdict.REFUSED, False, FIRST, id="refused"),
+        pytest.param(Verdict.REJECTED, False, FIRST, id="rejected by the caller"),
     ],
 )
 def test_what_is_asked_last(verdict: Verdict, wide: bool, order: str) -> None:
     """Ten minutes for what does not pass by itself; a refused question says nothing of it."""
-    story = Story().fails(10, verdict, wide=wide)
+    story = Story().fails(10, verdict, reaches_provider=wide)
     assert story.order(11) == order
     ends = 610 if verdict in (GONE, DENIED) else 12
     assert story.order(ends - 0.1) == order
@@ -131,38 +192,57 @@ def test_what_is_asked_last(verdict: Verdict, wide: bool, order: str) -> None:
 
 
 def test_the_backoff_grows_with_failures_and_is_forgotten_with_success() -> None:
-    """2, 4, 8 … to the longest wait."""
-    story, ends = Story(), []  # type: Story, list[float]
+    """2, 4, 8 … but never more than 20 seconds, for it may be well again at any time."""
+    story = Story()
+    now = 0
+    pauses = []
     for _ in range(7):
-        start = ends[-1] if ends else 0.0
-        story.fails(start, FAULT)
-        ends.append(next(start + s for s in range(1, 99) if story.order(start + s) == FIRST))
-    assert [end - start for start, end in zip([0.0, *ends], ends)] == [2, 4, 8, 16, 32, 60, 60]
-    assert story.answers(ends[-1]).fails(ends[-1], FAULT).order(ends[-1] + 2) == FIRST
+        story.fails(now, FAULT)
+        pause = 1
+        while story.order(now + pause) != FIRST:
+            pause += 1
+        pauses.append(pause)
+        now += pause
+    assert pauses == [2, 4, 8, 16, 20, 20, 20]
+    assert story.answers(now).fails(now, FAULT).order(now + 2) == FIRST
 
 
 def test_failures_that_were_under_way_together_count_once() -> None:
     """Of many threads; one that began when the first had failed counts."""
     story = Story().fails(10, FAULT, since=5).fails(11, FAULT, since=9.9).fails(12, FAULT, since=8)
-    assert story.health(12).consecutive_failures == 1
+    assert story.status(12).consecutive_failures == 1
     assert [story.order(at) for at in (13.9, 14)] == [LATER, FIRST]
-    assert story.fails(13, FAULT, since=12).health(13).consecutive_failures == 2
+    assert story.fails(13, FAULT, since=12).status(13).consecutive_failures == 2
     assert [story.order(at) for at in (16.9, 17)] == [LATER, FIRST]
 
 
 def test_a_success_forgives_what_was_before_it() -> None:
-    """The model and what reached the provider; not what failed since it began, nor others."""
-    story = Story().fails(1, FAULT).fails(1, FAULT, wide=True).fails(1, GONE, model="a2")
+    """The model and what reached the provider, but no other model."""
+    story = Story().fails(1, FAULT).fails(1, FAULT, reaches_provider=True)
+    story.fails(1, GONE, model="a2")
     assert story.answers(2, since=1).order(2) == "a1 b1 a2"
-    story = Story().fails(10, GONE).fails(10, DENIED, wide=True).answers(11, since=9)
+
+
+def test_a_success_does_not_forgive_what_failed_since_it_began() -> None:
+    """A slow answer says nothing of what another thread was told meanwhile."""
+    story = Story().fails(10, GONE).fails(10, DENIED, reaches_provider=True).answers(11, since=9)
     assert story.order(12) == ALL_LATER
-    assert story.health(12).consecutive_failures == 0
+    story = Story().fails(10, LIMITED, hint=3600).answers(11, since=9)
+    assert story.waits(12) == [3598, 0, 0]
+    assert story.status(12).status is RATE_LIMITED
+    assert story.status(12).consecutive_failures == 1
 
 
-def test_whoever_was_tried_in_this_question_keeps_the_place() -> None:
-    """The walk has put it there."""
-    story = Story().fails(10, FAULT)
-    assert story.order(11, turn("a1", attempts=1), turn("a2")) == "a1 a2"
+def test_a_stream_that_is_closed_after_some_text_has_answered() -> None:
+    """What failed before it is forgiven, as by any other success."""
+    story = Story().fails(10, FAULT).closes(11.5, text_since=10.5)
+    assert story.order(11.5) == FIRST
+    assert story.status(11.5).consecutive_failures == 0
+
+
+def test_a_stream_that_is_closed_before_its_first_text_says_nothing() -> None:
+    assert Story().closes(10).status(10) == ProviderHealth()
+    assert Story().fails(10, FAULT).closes(10.5).order(11) == LATER
 
 
 def test_a_lease_keeps_the_others_from_it() -> None:
@@ -172,7 +252,8 @@ def test_a_lease_keeps_the_others_from_it() -> None:
     assert [story.order(at) for at in (12, 76.9, 77)] == [LATER, LATER, FIRST]
     story = Story().fails(10, LIMITED, hint=30).leases(12)  # and is waited for until 40
     assert [story.order(at) for at in (104.9, 105)] == [LATER, FIRST]
-    assert Story().fails(10, FAULT, wide=True).leases(12, "a2").order(19) == ALL_LATER
+    story = Story().fails(10, FAULT, reaches_provider=True).leases(12, "a2")
+    assert story.order(19) == ALL_LATER
     assert Story().fails(10, FAULT).leases(12).answers(13, since=12).order(13) == FIRST
     story = Story().fails(10, LIMITED, hint=1).leases(12).fails(13, Verdict.UNSUITABLE, since=12)
     assert story.order(13) == FIRST
@@ -180,8 +261,9 @@ def test_a_lease_keeps_the_others_from_it() -> None:
 
 def test_the_callers_own_limit_counts_against_nobody() -> None:
     """Neither as a failure nor in the order."""
-    story = Story().fails(10, FAULT, blameless=True, wide=True)
-    assert (story.order(11), story.health(11)) == (FIRST, ProviderHealth())
+    story = Story().fails(10, FAULT, is_blameless=True, reaches_provider=True)
+    assert story.order(11) == FIRST
+    assert story.status(11) == ProviderHealth()
 
 
 # --- The servers' word --------------------------------------------------------------------------
@@ -190,38 +272,78 @@ def test_the_callers_own_limit_counts_against_nobody() -> None:
 def test_a_hint_outlives_the_question() -> None:
     """Nobody asks before; a shorter one does not end a longer one."""
     story = Story().fails(10, LIMITED, hint=30).fails(11, LIMITED, since=9, hint=5)
-    assert (story.waits(12), story.ready_at("a1"), story.ready_at("a2")) == (
-        [28, 0, 0],
-        40,
-        -math.inf,
-    )
+    assert story.waits(12) == [28, 0, 0]
     assert story.waits(40) == [0, 0, 0]
     assert story.fails(50, LIMITED, hint=60).waits(50) == [60, 0, 0]
+
+
+def test_a_fault_may_bring_a_hint_too() -> None:
     assert Story().fails(10, FAULT, hint=9).waits(10) == [9, 0, 0]
     assert Story().fails(10, Verdict.UNSUITABLE, hint=9).waits(10) == [0, 0, 0]
 
 
 def test_a_hint_for_the_provider_holds_for_all_its_models() -> None:
     """And the model's own, when that is longer; a success ends both."""
-    story = Story().fails(10, LIMITED, hint=30, wide=True).fails(11, LIMITED, hint=90)
+    story = Story().fails(10, LIMITED, hint=30, reaches_provider=True)
+    story.fails(11, LIMITED, hint=90)
     assert story.waits(11) == [90, 29, 0]
-    assert (story.ready_at("a1"), story.ready_at("a2")) == (101, 40)
     assert story.answers(12).waits(12) == [0, 0, 0]
 
 
-def test_the_later_of_both_pauses_counts() -> None:
-    """Of the memory's and the question's own; what is less than a clock's rounding is none."""
-    story = Story().fails(10, LIMITED, hint=30)
-    assert story.waits(10, turn("a1", ready_at=99.0), turn("a2", ready_at=20.0)) == [89, 10]
-    assert story.waits(30, turn("a1", ready_at=20.0)) == [10]
-    assert story.waits(10, turn("b1", ready_at=10 + 1e-7)) == [0]
+def test_what_is_left_of_a_hint_can_be_told() -> None:
+    """For the error of a question that nobody answered: 0 where no server said anything."""
+    memory = Story().fails(10, LIMITED, hint=30).fails(10, FAULT, model="b1").told(15)
+    waits = [memory.health.wait_for_server(candidate(name)) for name in ("a1", "a2", "b1")]
+    assert waits == [25, 0, 0]
+
+
+# --- The line of one question -------------------------------------------------------------------
+
+
+def asks(memory: Memory, line: Queue, *failures: Failure) -> list[tuple[str, float]]:
+    """Whom a question asks, and how long it waits for it, when it meets these failures."""
+    asked = []
+    for failure in failures:
+        step = line.next()
+        assert step is not None
+        assert step.slot is not None
+        memory.now += step.wait
+        begun = memory.now
+        memory.health.failed(step.slot, begun, failure, PLAIN.backoff)
+        line.failed(step.turn, failure)
+        asked.append((name_of(step.turn.candidate), step.wait))
+    return asked
+
+
+def test_whoever_is_worth_the_wait_keeps_its_place() -> None:
+    """What others are told to do, ask it later, does not hold for who has asked it already."""
+    memory = Story().told(10)
+    limit = Failure(LIMITED, "")
+    asked = asks(memory, memory.queue("a1", "a2", config=PLAIN), limit, limit)
+    assert asked == [("a1", 0), ("a1", 2)]
 
 
 def test_places_are_kept() -> None:
     """Who was asked and moved is behind whoever was not, as is who shall be asked later."""
-    story = Story().fails(10, FAULT)
-    turns = [turn("a2", place=2, attempts=1), turn("a1"), turn("b1", place=1, attempts=1)]
-    assert story.order(11, *turns) == "a1 b1 a2"
+    memory = Story().fails(9, FAULT).told(9)
+    fault = Failure(FAULT, "")
+    asked = asks(memory, memory.queue("a2", "a1", "b1", config=PLAIN), fault, fault, fault, fault)
+    assert asked == [("a2", 0), ("b1", 0), ("a1", 0), ("a2", 2)]
+
+
+def test_the_later_of_both_pauses_counts() -> None:
+    """Of the memory's and the question's own."""
+    memory = Story().fails(10, LIMITED, hint=3).told(12)
+    twice = [Failure(LIMITED, ""), Failure(LIMITED, "")]
+    assert asks(memory, memory.queue("a1", config=PLAIN), *twice) == [("a1", 1), ("a1", 2)]
+    memory = Story().told(10)
+    line = memory.queue("a1", config=PLAIN)
+    assert asks(memory, line, Failure(LIMITED, "", hint=30)) == [("a1", 0)]
+    assert asks(memory, line, Failure(LIMITED, "")) == [("a1", 30)]
+
+
+def test_less_than_a_clocks_rounding_is_no_wait() -> None:
+    assert Story().fails(10, LIMITED, hint=5.0000001).waits(15) == [0, 0, 0]
 
 
 # --- ProviderHealth -----------------------------------------------------------------------------
@@ -231,8 +353,8 @@ def test_health_of_the_unknown() -> None:
     """Healthy with a key, unavailable without one; nothing has happened."""
     words = [status.value for status in (HEALTHY, RATE_LIMITED, FAILED, UNAVAILABLE)]
     assert words == ["healthy", "rate_limited", "failed", "unavailable"]
-    assert Story().health(5) == ProviderHealth(HEALTHY, 0.0, 0.0, 0, 0.0)
-    assert Story().health(5, has_key=False) == ProviderHealth(UNAVAILABLE, 0.0, 0.0, 0, 0.0)
+    assert Story().status(5) == ProviderHealth(HEALTHY, 0.0, 0.0, 0, 0.0)
+    assert Story().status(5, has_key=False) == ProviderHealth(UNAVAILABLE, 0.0, 0.0, 0, 0.0)
 
 
 STATES: dict[str, Any] = {  # the story, the time; status, success, failure, failures, reset
@@ -257,22 +379,83 @@ STATES: dict[str, Any] = {  # the story, the time; status, success, failure, fai
         9,
         (FAILED, None, 6, 2, None),
     ),
-    "denied": (Story().fails(5, DENIED, wide=True), 9, (UNAVAILABLE, None, 5, 1, None)),
-    "accepted again": (Story().fails(5, DENIED, wide=True).answers(8), 9, (HEALTHY, 8, 5, 0, None)),
+    "denied": (Story().fails(5, DENIED, reaches_provider=True), 9, (UNAVAILABLE, None, 5, 1, None)),
+    "accepted again": (
+        Story().fails(5, DENIED, reaches_provider=True).answers(8),
+        9,
+        (HEALTHY, 8, 5, 0, None),
+    ),
     "unsuitable": (Story().fails(5, Verdict.UNSUITABLE), 9, (HEALTHY, None, None, 0, None)),
     "refused": (Story().fails(5, Verdict.REFUSED), 9, (HEALTHY, None, None, 0, None)),
+    "rejected": (Story().fails(5, Verdict.REJECTED), 9, (HEALTHY, None, None, 0, None)),
     "the other provider": (Story().fails(5, FAULT, model="b1"), 9, (HEALTHY, None, None, 0, None)),
-}  # fmt: skip
+}
+
+
+def epoch(time: float | None) -> float:
+    return 0.0 if time is None else EPOCH + time
 
 
 @pytest.mark.parametrize(("story", "at", "expected"), STATES.values(), ids=list(STATES))
 def test_health(story: Story, at: float, expected: Any) -> None:
     """By the latest failure since the last success; times are of the epoch, 0.0 is never."""
     status, success, failure, failures, reset = expected
-    success, failure, reset = (
-        0.0 if time is None else EPOCH + time for time in (success, failure, reset)
+    assert story.status(at) == ProviderHealth(
+        status, epoch(success), epoch(failure), failures, epoch(reset)
     )
-    health = story.health(at)
-    assert health == ProviderHealth(status, success, failure, failures, reset)
-    health.consecutive_failures = 99
-    assert story.health(at).consecutive_failures == failures
+
+
+def test_health_is_a_copy_each_time() -> None:
+    memory = Story().fails(5, FAULT).told(9)
+    memory.health.of_provider("a", True).consecutive_failures = 99
+    assert memory.health.of_provider("a", True).consecutive_failures == 1
+
+
+# --- The only lock ------------------------------------------------------------------------------
+
+
+class CollectingClock(FakeClock):
+    """Each time that somebody looks at it, the garbage collector finds one of the streams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.streams: list[Any] = []
+        self._is_collecting = False
+
+    def time(self) -> float:
+        if self.streams and not self._is_collecting:
+            self._is_collecting = True
+            cycle = [self.streams.pop()]
+            cycle.append(cycle)
+            del cycle
+            gc.collect()
+            self._is_collecting = False
+        return super().time()
+
+
+def test_the_garbage_collector_may_end_a_stream_at_any_moment() -> None:
+    """Also while the lock is held: an unfinished stream in a cycle stopped its thread for ever."""
+    clock = CollectingClock()
+    live = Reply(body=(event("Once"), event(" upon", "stop")))
+    world = World({"a": [live], "b": [limited(), says("B")]}, clock)
+    streams = [world.llm.stream("Where?", model="a") for _ in range(10)]
+    for stream in streams:
+        assert next(stream) == "Once"
+    clock.streams.extend(streams)
+    streams.clear()
+    del stream
+
+    answers: list[str] = []
+
+    def ask_while_streams_end() -> None:
+        while clock.streams:
+            answers.append(world.llm.ask("Where?", model="b"))
+
+    thread = threading.Thread(target=ask_while_streams_end, daemon=True)
+    thread.start()
+    thread.join(STUCK)
+    assert not thread.is_alive()
+    assert set(answers) == {"B"}
+    assert all(body.closed for body in world.server.bodies[:10])
+    assert world.llm.get_stats()["successful_requests"] == 10 + len(answers)
+    assert world.llm.ask("Where?", model="a") == "Once upon"

@@ -8,7 +8,21 @@ from typing import Any
 
 import pytest
 import requests
-from fakes import EPOCH, ROWS, Reply, World, event, fails, limited, row, says
+from emulator import Quota
+from fakes import (
+    EPOCH,
+    ROWS,
+    Asked,
+    Crowd,
+    Metered,
+    Reply,
+    World,
+    event,
+    fails,
+    limited,
+    row,
+    says,
+)
 
 from fallback_llm import (
     AllProvidersFailed,
@@ -24,6 +38,7 @@ FAULT, DENIED, UNSUITABLE = fails(500), fails(401), fails(400)
 GONE = Reply(404, {"error": {"message": "Never heard of it", "code": "model_not_found"}})
 BLOCKED = Reply(400, {"error": {"message": "Not that", "code": "content_policy_violation"}})
 DOWN = Reply(error=requests.ConnectionError("refused"))
+SILENT = fails(takes=99)
 ALONE = (row("one", "a"),)
 TWINS = (row("one", "a"), row("two", "c"))
 
@@ -50,10 +65,10 @@ MEMORIES = [
         id="a backoff that grows with consecutive failures",
     ),
     pytest.param(
-        [FAULT] * 9 + [says("A")],
-        [0, 60, 60, 60, 60, 60, 60, 60, 60, 59, 1.1],
-        "ab ab ab ab ab ab ab ab ab b a",
-        id="a backoff that ends at max_delay",
+        [FAULT] * 7 + [says("A")],
+        [0, 20, 20, 20, 20, 20, 20, 19.5, 1],
+        "ab ab ab ab ab ab ab b a",
+        id="a backoff that never exceeds 20 s",
     ),
     pytest.param(
         [FAULT, FAULT, says("A"), FAULT, says("A")],
@@ -66,6 +81,9 @@ MEMORIES = [
     pytest.param([UNSUITABLE, says("A")], [0, 0], "ab a", id="nothing of who is unsuitable"),
     pytest.param([BLOCKED, says("A")], [0, 0], "a a", id="nothing of a refusal"),
     pytest.param([limited(90), says("A")], [0, 0, 89, 2], "ab b b a", id="a pause to its end"),
+    pytest.param(
+        [SILENT, says("A")], [0, 0, 1.9, 0.2], "ac b b a", id="silence, of the model only"
+    ),
     pytest.param(
         [Reply(503, b"", {"Retry-After": "90"}), says("A")],
         [0, 89, 2],
@@ -120,29 +138,38 @@ def test_failures_that_were_under_way_together_are_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "arguments"),
+    ("reply", "arguments", "asked"),
     [
-        pytest.param(fails(takes=9), {"timeout": 5.0}, id="the caller's time limit"),
-        pytest.param(BLOCKED, {}, id="a refused question"),
-        pytest.param(UNSUITABLE, {"model": "a"}, id="an unsuitable question"),
+        pytest.param(fails(takes=9), {"timeout": 5.0}, "ab", id="the caller's time limit"),
+        pytest.param(BLOCKED, {}, "a", id="a refused question"),
+        pytest.param(UNSUITABLE, {"model": "a"}, "a", id="an unsuitable question"),
+        pytest.param(
+            says("No."), {"accept": lambda text: text != "No."}, "ab", id="an answer not accepted"
+        ),
     ],
 )
-def test_not_counted_against_a_provider(reply: Reply, arguments: Any) -> None:
+def test_not_counted_against_a_provider(reply: Reply, arguments: Any, asked: str) -> None:
     world = World({"a": [reply, says("A")]})
-    assert asks(world, 0, **arguments) == "a"
-    assert world.llm.provider_health["one"] == ProviderHealth()
+    assert asks(world, 0, **arguments) == asked
+    health = world.llm.provider_health["one"]
+    assert health.status is ProviderStatus.HEALTHY
+    assert health.last_failure == 0
     assert asks(world, 0) == "a"
 
 
-def test_closing_a_stream_is_not_counted_against_a_provider() -> None:
-    world = World({"a": [Reply(body=(event("Once"), event(" upon", "stop")))]})
-    pieces: Any = world.llm.stream("Where?")
-    assert next(iter(pieces)) == "Once"
+def test_a_stream_that_is_closed_after_some_text_has_answered() -> None:
+    """It counts as a success, and clears what had failed before."""
+    world = World({"a": [FAULT, Reply(body=(event("Once"), event(" upon", "stop"))), says("A")]})
+    assert asks(world, 0, 0) == "ab b"
+    pieces: Any = world.llm.stream("Where?", model="a")
+    assert next(pieces) == "Once"
+    assert world.llm.provider_health["one"].status is ProviderStatus.HEALTHY
     pieces.close()
-    assert world.server.bodies[0].closed
+    assert world.server.bodies[-1].closed
     assert world.llm.provider_health["one"].consecutive_failures == 0
     stats = world.llm.get_stats()
-    assert stats["successful_requests"] + stats["failed_requests"] == stats["total_requests"] == 1
+    assert [stats["successful_requests"], stats["failed_requests"]] == [3, 0]
+    assert asks(world, 0) == "a"
 
 
 def test_ctrl_c_is_not_counted_against_a_provider() -> None:
@@ -153,6 +180,58 @@ def test_ctrl_c_is_not_counted_against_a_provider() -> None:
     assert world.llm.provider_health["one"] == ProviderHealth()
     assert world.llm.ask("Where?") == "A"
     assert world.slept == []
+
+
+def test_ctrl_c_before_the_first_text_of_a_stream_is_a_question_that_failed() -> None:
+    world = World({"a": [Reply(error=KeyboardInterrupt()), says("A")]})
+    with pytest.raises(KeyboardInterrupt):
+        next(world.llm.stream("Where?"))
+    assert world.llm.get_stats()["failed_requests"] == 1
+    assert world.llm.provider_health["one"] == ProviderHealth()
+    assert asks(world, 0) == "a"
+
+
+def test_ctrl_c_while_waiting_gives_the_turn_back() -> None:
+    """Nobody passes over the model because of a question that is no more."""
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    world = World({"a": [limited(), says("A")]}, sleep=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        world.llm.ask("Where?")
+    assert asks(world, 2.1) == "a"
+
+
+def test_a_slow_answer_does_not_forgive_what_failed_meanwhile() -> None:
+    """While one question waits for its answer, another is told to come back in an hour."""
+    worlds: list[World] = []
+    slow = Reply(body=says("A").body, takes=5, meanwhile=lambda: worlds[0].llm.ask("And there?"))
+    world = World({"a": [slow, limited(3600, takes=1), says("A")]}, providers=TWINS)
+    worlds.append(world)
+    assert asks(world, 0) == "aac"
+    health = world.llm.provider_health["one"]
+    assert health.status is ProviderStatus.RATE_LIMITED
+    assert health.rate_limit_reset_time == EPOCH + 3601
+    assert asks(world, 0, 3500, 200) == "c c a"
+
+
+def test_a_provider_that_has_recovered_is_used_again_soon() -> None:
+    """With a question every four seconds, within twenty of its recovery."""
+    worlds: list[World] = []
+
+    def down_for_a_minute(_: Any) -> Reply:
+        return FAULT if worlds[0].clock.now < 60 else says("A")
+
+    world = World({"a": [down_for_a_minute]}, providers=TWINS)
+    worlds.append(world)
+    answered_at: list[float] = []
+    while world.clock.now < 120:
+        if world.llm.complete("Where?").model == "a":
+            answered_at.append(world.clock.now)
+        world.clock.now += 4
+    assert 60 <= answered_at[0] <= 80
+    assert len(answered_at) >= 10
 
 
 # --- The lease: one probes, the others go elsewhere ---------------------------------------------
@@ -212,7 +291,7 @@ def test_health_follows_the_walk() -> None:
     """A failure, a second one, a rate limit, its end, a success, a refused key."""
     script = [FAULT, FAULT, limited(90), says("A"), DENIED]
     world = World({"a": script}, providers=TWINS)
-    seen = []
+    seen: list[ProviderHealth] = []
     for pause in (10, 10, 10, 91, 10):
         asks(world, pause)
         seen.append(world.llm.provider_health["one"])
@@ -253,3 +332,189 @@ def test_who_sleeps_learns_what_others_were_told() -> None:
     world = World({"a": [limited(), limited(90), says("A")]}, sleep=sleep_while_another_asks)
     assert world.llm.complete("Where?").model == "b"
     assert world.asked == "aab"
+
+
+# --- A crowd that shares a quota ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["with hints", "without hints"])
+@pytest.mark.parametrize("waits", [True, False], ids=["waiting", "not waiting"])
+def test_a_crowd_meets_a_bucket(told: bool, waits: bool) -> None:
+    """Fifty threads and ten requests a minute: nearly all of it is used, and nobody loses."""
+    script = {"a": [Metered(Quota(10, told=told))]}
+    crowd = Crowd(50, script, providers=ALONE, wait_on_rate_limit=waits)
+    crowd.ask(200)
+    assert crowd.lost == 0
+    assert crowd.refused <= 40
+    assert crowd.share >= 0.8
+
+
+def test_what_is_refused_does_not_grow_with_the_crowd() -> None:
+    """A crowd counts once: four times as many threads are not refused four times as often."""
+    refused = []
+    for threads in (32, 128):
+        crowd = Crowd(threads, {"a": [Metered(Quota(10))]}, providers=ALONE)
+        crowd.ask(200)
+        refused.append(crowd.refused)
+    assert refused[1] <= 1.5 * refused[0]
+
+
+def test_a_crowd_meets_a_window() -> None:
+    """Thirty requests, and then none until the minute is over."""
+    crowd = Crowd(50, {"a": [Metered(Quota(30, fixed=True))]}, providers=ALONE)
+    crowd.ask(150)
+    assert crowd.lost == 0
+    assert crowd.refused <= 30
+    assert crowd.share >= 0.5
+
+
+def test_a_crowd_meets_a_window_that_gives_no_hint() -> None:
+    """It finds the next window all the same."""
+    crowd = Crowd(50, {"a": [Metered(Quota(30, fixed=True, told=False))]}, providers=ALONE)
+    crowd.ask(150)
+    assert crowd.lost == 0
+    assert crowd.share >= 0.4
+
+
+def test_a_crowd_uses_all_that_there_is() -> None:
+    """Three models and an account: the threads go where there is room."""
+    account = Quota(20)
+    script = {
+        "a": [Metered(Quota(30))],
+        "b": [Metered(Quota(30))],
+        "c": [Metered(account=[account], takes=2.0)],
+        "d": [Metered(account=[account], takes=2.0)],
+    }
+    crowd = Crowd(32, script)
+    crowd.ask(400)
+    assert crowd.lost == 0
+    assert crowd.refused <= 80
+    assert crowd.share >= 0.8
+    assert {asked.model for asked in crowd.server.asked} == set("abcd")
+
+
+def test_a_crowd_that_is_told_what_remains() -> None:
+    """Headers say how much room there is before anybody is refused."""
+    crowd = Crowd(32, {"a": [Metered(Quota(10), remaining=True)]}, providers=ALONE)
+    crowd.ask(100)
+    assert crowd.lost == 0
+    assert crowd.refused <= 20
+    assert crowd.share >= 0.8
+
+
+def test_a_crowd_follows_a_quota_that_halves_and_doubles() -> None:
+    crowd = Crowd(
+        32, {"a": [Metered(Quota(60, schedule=((60, 0.5), (180, 1.0))))]}, providers=ALONE
+    )
+    crowd.ask(300)
+    assert crowd.lost == 0
+    assert crowd.refused <= 60
+    assert crowd.share >= 0.6
+
+
+def test_a_crowd_that_meets_no_limit_is_not_held_back() -> None:
+    """And nobody is sent to another model without need."""
+    crowd = Crowd(32, {"a": [Metered(takes=1.0)]})
+    crowd.ask(1000)
+    assert crowd.share >= 0.9
+    assert {asked.model for asked in crowd.server.asked} == {"a"}
+
+
+def test_a_lone_question_keeps_its_backoff() -> None:
+    """Pacing is for crowds: 2, 4, 8, 16 seconds, question after question, whatever was met."""
+    world = World({"a": [limited()]}, providers=ALONE)
+    assert asks(world, 0, 100) == "aaaaa aaaaa"
+    assert world.slept == [2, 4, 8, 16] * 2
+
+
+def test_a_lone_thread_is_not_paced_before_it_is_refused() -> None:
+    """Ten answers in a row, each at once."""
+    crowd = Crowd(1, {"a": [Metered(Quota(10), takes=0.5)]}, providers=ALONE)
+    crowd.ask(10)
+    assert crowd.took == 5
+    assert crowd.clock.slept == []
+
+
+class Door:
+    """A server that is open for a while, then shuts for a pause, and so on.
+
+    Whoever comes meanwhile is told when it opens, unless it is not `told`.
+    """
+
+    def __init__(self, *pauses: float, open_for: float, told: bool = True) -> None:
+        self.early: list[float] = []  # when somebody asked who had been told to wait
+        self._pauses = list(pauses)
+        self._open_for = open_for
+        self._told = told
+        self._opens_at = 0.0
+        self._told_at = 0.0
+
+    def __call__(self, asked: Asked) -> Reply:
+        if self._pauses and asked.at >= self._opens_at + self._open_for:
+            self._opens_at = asked.at + self._pauses.pop(0)
+            self._told_at = asked.at
+        if asked.at >= self._opens_at:
+            return says("A", takes=0.5)
+        if asked.at > self._told_at:
+            self.early.append(asked.at)
+        return limited(self._opens_at - asked.at if self._told else None)
+
+
+def test_streams_that_are_left_unfinished_hold_nobody_back() -> None:
+    """One thread may have begun many and read on in none: the next one begins all the same."""
+
+    def sleep_not_for_ever(seconds: float) -> None:
+        world.clock.sleep(seconds)
+        assert world.clock.now < 60
+
+    live = Reply(body=(event("Once"), event(" upon", "stop")))
+    world = World({"a": [live]}, sleep=sleep_not_for_ever, providers=ALONE)
+    streams = [world.llm.stream("Where?") for _ in range(40)]
+    assert [next(stream) for stream in streams] == ["Once"] * 40
+
+
+def test_nobody_asks_inside_a_hint_that_grows() -> None:
+    """A server that wants ever longer pauses is asked only when each of them is over."""
+    door = Door(3, 9, 27, 50, open_for=2)
+    crowd = Crowd(20, {"a": [door]}, providers=ALONE)
+    crowd.ask(300)
+    assert door.early == []
+    assert crowd.lost == 0
+    assert crowd.refused <= 40
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["with a hint", "without a hint"])
+def test_a_refusal_while_somebody_sleeps_for_a_slot_costs_no_attempt(told: bool) -> None:
+    """The slot is void: with a single attempt, only who was really refused loses its question."""
+    bucket = Metered(Quota(10))
+    door = Door(30, open_for=90, told=told)
+
+    def both(asked: Asked) -> Reply:
+        reply = door(asked)
+        return reply if reply.status == 429 else bucket(asked)
+
+    crowd = Crowd(8, {"a": [both]}, providers=ALONE, max_attempts=1)
+    crowd.ask(60)
+    assert door.early == [] or not told
+    assert crowd.lost == crowd.refused
+    assert len(crowd.server.asked) == 60
+    assert crowd.refused <= 15
+
+
+def test_a_crowd_keeps_to_its_time_limit() -> None:
+    """Whoever finds no slot in time is told when to come back."""
+    crowd = Crowd(32, {"a": [Metered(Quota(10))]}, providers=ALONE, timeout=30.0)
+    crowd.ask(100)
+    assert max(answer.elapsed for answer in crowd.answers) <= 30
+    assert len(crowd.answers) + crowd.lost == 100
+    assert crowd.lost > 0
+
+
+def test_all_runs_of_a_crowd_are_the_same() -> None:
+    """So a test of it cannot fail now and then."""
+    runs = []
+    for _ in range(2):
+        crowd = Crowd(32, {"a": [Metered(Quota(30))], "c": [Metered(Quota(20))]})
+        crowd.ask(100)
+        runs.append([(asked.model, asked.at) for asked in crowd.server.asked])
+    assert runs[0] == runs[1]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import logging
 import math
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Generator, Iterator
 from urllib.parse import urlsplit
 
 import pytest
 import requests
-from fakes import ROWS, Reply, World, fails, limited, row, says
+from fakes import DONE, ROWS, Reply, World, event, fails, limited, row, says
 from hypothesis import given
 from hypothesis import settings as rules
 from hypothesis import strategies as some
@@ -21,6 +23,7 @@ from hypothesis import strategies as some
 from fallback_llm import (
     PROVIDERS,
     AllProvidersFailed,
+    Answer,
     AnswerRefused,
     FallbackLLM,
     FallbackLLMError,
@@ -28,6 +31,7 @@ from fallback_llm import (
     ProviderHealth,
     ProviderStatus,
     RetryConfig,
+    Verdict,
 )
 
 pytestmark = pytest.mark.usefixtures("bare")
@@ -37,7 +41,10 @@ GONE = Reply(404, {"error": {"message": "Never heard of it", "code": "model_not_
 BLOCKED = Reply(400, {"error": {"message": "Not that", "code": "content_policy_violation"}})
 DOWN = Reply(error=requests.ConnectionError("refused"))
 ACCOUNT = Reply(429, {"error": {"metadata": {"limit_source": "openrouter_free_tier_per_minute"}}})
-FAILED, ONE = AllProvidersFailed, (row("one", "a", "b"),)
+SILENT = fails(takes=99)
+FAILED = AllProvidersFailed
+ONE = (row("one", "a", "b"),)
+ALONE = (row("one", "a"),)
 
 
 def every(*replies: Reply, models: str = "abcd") -> Any:
@@ -51,7 +58,9 @@ def jitter(chance: float) -> Any:
 
 TWICE: Any = {"max_attempts": 2}
 THRICE: Any = {"max_attempts": 3, "providers": ONE}
-DEAD: Any = {"b": [FAULT], "c": [DOWN]}
+DEAD: Any = {"b": [FAULT], "c": [DOWN], "d": [FAULT]}
+OUT: Any = {"c": [UNSUITABLE], "d": [UNSUITABLE]}
+NO_WAIT: Any = {"wait_on_rate_limit": False}
 SOONEST: Any = {m: [limited(n), says("X")] for m, n in zip("abcd", (50, 40, 35, 45))}
 
 
@@ -68,17 +77,22 @@ def walk(text: str, asked: str, slept: Any = (), ends: Any = None, **more: Any) 
     ("script", "asked", "slept", "ends", "settings"),
     [
         walk("the first model answers", "a"),
-        # A rate limit is waited out on the same model, as far as its patience goes.
+        # A rate limit is waited out on the same model, as far as the backoff goes that is due.
         walk("a plain 429 is asked again", "aa", [2], a=[LIMITED, says("A")]),
         walk("429 for ever: five attempts, then the next", "aaaaab", [2, 4, 8, 16], a=[LIMITED]),
         walk("each has its attempts", "aabbc", [2, 2], max_attempts=2, a=[LIMITED], b=[LIMITED]),
-        walk("a hint within the patience is obeyed", "aa", [7], a=[limited(7), says("A")]),
         walk("a hint below the backoff changes nothing", "aa", [2], a=[limited(1), says("A")]),
-        walk("a hint of all the patience is obeyed", "aa", [30], a=[limited(30), says("A")]),
-        walk("a hint beyond the patience moves on", "ab", a=[limited(30.5)]),
-        walk("28 s are left at the second", "aaa", [2, 28], a=[LIMITED, limited(28), says("A")]),
-        walk("28.5 s are too many at the second", "aab", [2], a=[LIMITED, limited(28.5)]),
-        walk("max_delay is the end of patience", "ab", a=[limited(25)], max_delay=20.0),
+        walk("a hint as long as the backoff is obeyed", "aa", [2], a=[limited(2), says("A")]),
+        walk("a longer hint moves on at once", "ab", a=[limited(2.5)]),
+        walk("4 s are due at the second", "aaa", [2, 4], a=[LIMITED, limited(4), says("A")]),
+        walk("4.5 s are too many at the second", "aab", [2], a=[LIMITED, limited(4.5)]),
+        walk(
+            "16 s are due at the fourth",
+            "aaaaa",
+            [2, 4, 8, 16],
+            a=[*[LIMITED] * 3, limited(16), says("A")],
+        ),
+        walk("max_delay is the end of patience", "ab", a=[limited(2)], base_delay=1, max_delay=1),
         walk("max_delay caps the backoff", "aaaaab", [2, 4, 5, 5], a=[LIMITED], max_delay=5.0),
         walk("the base is set", "aaaaab", [2, 6, 18, 54], a=[LIMITED], exponential_base=3.0),
         walk("the first delay is set", "aaaaab", [1, 2, 4, 8], a=[LIMITED], base_delay=1.0),
@@ -93,11 +107,35 @@ def walk(text: str, asked: str, slept: Any = (), ends: Any = None, **more: Any) 
         walk("a fault that is over", "abcda", [2], "X", **every(FAULT, says("X"))),
         walk("passed time is not slept", "abcda", [], "X", **every(fails(takes=3), says("X"))),
         walk(
-            "it counts for all of them", "aa", [2], FAILED, max_attempts=2, providers=ONE, a=[DOWN]
+            "a provider's fault counts for all its models",
+            "acdb",
+            [2],
+            FAILED,
+            max_attempts=2,
+            a=[DOWN],
+            b=[DOWN],
+            **OUT,
         ),
-        walk("a provider's fault moves its models", "acab", [2], a=[DOWN, FAULT], c=[DOWN]),
+        walk("its siblings are first, when its turn comes", "acb", [2], a=[DOWN], c=[DOWN]),
         walk(
-            "a long pause is last", "abcbca", [2, 38], **TWICE, a=[limited(40), says("A")], **DEAD
+            "who failed is behind its siblings",
+            "acdba",
+            [2],
+            a=[DOWN, says("A")],
+            b=[FAULT],
+            **OUT,
+        ),
+        walk(
+            "a silent model is behind its siblings, and they behind the others",
+            "acdba",
+            [2],
+            a=[SILENT, says("A")],
+            b=[FAULT],
+            **OUT,
+        ),
+        walk("a silent model starves nobody", "ab", providers=ONE, a=[SILENT]),
+        walk(
+            "a long pause is last", "abcbdca", [2, 38], **TWICE, a=[limited(40), says("A")], **DEAD
         ),
         walk("when all are limited, the soonest is waited for", "abcdc", [35], "X", **SOONEST),
         walk(
@@ -108,20 +146,75 @@ def walk(text: str, asked: str, slept: Any = (), ends: Any = None, **more: Any) 
         walk("who is gone is out", "abb", [2], providers=ONE, a=[GONE], b=[FAULT, says("B")]),
         walk("whose key is refused is out with all models", "ac", [], FAILED, **every(DENIED)),
         walk("a refused question stops the walk", "a", [], AnswerRefused, a=[BLOCKED]),
-        # Eager: somebody else rather than a wait.
-        walk("eager moves on at a 429", "ab", a=[limited(7)], eager=True),
-        walk("eager waits at last", "abcda", [7], "X", eager=True, **every(limited(7), says("X"))),
+        # Nobody can be reached: it is our own network.
+        walk("offline: one more round, within seconds", "acbd", [2], FAILED, **every(DOWN)),
+        walk("offline, one provider", "ab", [2], FAILED, providers=ONE, **every(DOWN)),
+        walk(
+            "when somebody was reached, all attempts are made",
+            "abbbbb",
+            [2, 4, 8, 16],
+            FAILED,
+            providers=ONE,
+            a=[FAULT],
+            b=[DOWN],
+        ),
+        # Without waiting: somebody else rather than a wait.
+        walk("without waiting, a 429 moves on", "ab", a=[LIMITED], **NO_WAIT),
+        walk(
+            "without waiting, it waits at last",
+            "abcda",
+            [7],
+            "X",
+            **NO_WAIT,
+            **every(limited(7), says("X")),
+        ),
         # Limits.
         walk("a wait of max_delay", "abcda", [60], "X", **every(limited(60), says("X"))),
         walk("no wait is longer than max_delay", "abcd", [], FAILED, **every(limited(61))),
-        walk("no wait passes the time limit", "ab", a=[limited(7)], timeout=5.0),
+        walk("no wait passes the time limit", "ab", a=[LIMITED], timeout=1.5),
         walk("no wait is possible in time", "abcd", [], FAILED, timeout=1.5, **every(FAULT)),
-        walk("the time limit ends a request", "a", [], FAILED, timeout=5.0, a=[fails(takes=9)]),
-        walk("silence is the provider's fault", "ac", silence=10.0, a=[fails(takes=99)]),
+        walk("half of the time left is waited", "aa", [2], a=[LIMITED, says("A")], timeout=4.0),
+        walk("more than half is not, while others are ready", "ab", a=[LIMITED], timeout=3.9),
+        walk(
+            "it is, when nobody else is there",
+            "aa",
+            [2],
+            timeout=2.5,
+            providers=ALONE,
+            a=[LIMITED, says("A")],
+        ),
+        walk("a long pause does not eat the time limit", "ab", a=[limited(19.5)], timeout=20.0),
+        walk("a slow first one leaves time for the next", "ab", a=[fails(takes=8)], timeout=5.0),
+        walk(
+            "each is given half of what is left",
+            "abc",
+            timeout=8.0,
+            a=[says("A", takes=4.1)],
+            b=[says("B", takes=2.1)],
+            c=[says("C", takes=0.9)],
+        ),
+        walk("half is enough", "a", a=[says("A", takes=3.9)], timeout=8.0),
+        walk(
+            "the last one is given all of it",
+            "a",
+            timeout=5.0,
+            providers=ALONE,
+            a=[says("A", takes=4.9)],
+        ),
+        walk(
+            "the time limit ends a request",
+            "a",
+            [],
+            FAILED,
+            timeout=5.0,
+            providers=ALONE,
+            a=[says("A", takes=5.1)],
+        ),
+        walk("silence ends a request", "ac", idle_timeout=10.0, a=[SILENT]),
         # Jitter: 80 to 100 percent.
         walk("least jitter", "aaaaab", [1.6, 3.2, 6.4, 12.8], **jitter(0), a=[LIMITED]),
         walk("more jitter", "aaaaab", [1.9, 3.8, 7.6, 15.2], **jitter(0.75), a=[LIMITED]),
-        walk("no hint is jittered", "aa", [7], **jitter(0), a=[limited(7), says("A")]),
+        walk("no hint is jittered", "aa", [1.9], **jitter(0), a=[limited(1.9), says("A")]),
     ],
 )
 def test_walk(script: Any, asked: str, slept: Any, ends: Any, settings: Any) -> None:
@@ -136,16 +229,18 @@ def test_walk(script: Any, asked: str, slept: Any, ends: Any, settings: Any) -> 
 
 
 REPLIES = [says("X"), LIMITED, limited(1), limited(9), limited(40), limited(999), FAULT, DENIED]
-REPLIES += [UNSUITABLE, DOWN, ACCOUNT, fails(takes=4), fails(takes=99), limited(3, takes=2)]
+REPLIES += [UNSUITABLE, DOWN, ACCOUNT, fails(takes=4), SILENT, limited(3, takes=2)]
 SCRIPTS = {model: some.lists(some.sampled_from(REPLIES), min_size=1) for model in "abcd"}
 LIMITS = some.sampled_from([None, 1.0, 30.0, 300.0])
 
 
 @rules(deadline=None, database=None, derandomize=True)
 @given(some.fixed_dictionaries(SCRIPTS), some.integers(1, 5), some.booleans(), LIMITS)
-def test_what_holds_for_every_walk(script: Any, most: int, eager: bool, limit: Any) -> None:
+def test_what_holds_for_every_walk(script: Any, most: int, waits: bool, limit: Any) -> None:
     """No attempt too many, no wait too long or in vain, no hint undercut, nothing untold."""
-    world = World(script, max_attempts=most, eager=eager, timeout=limit, max_delay=50.0)
+    world = World(
+        script, max_attempts=most, wait_on_rate_limit=waits, timeout=limit, max_delay=50.0
+    )
     try:
         trail = world.llm.complete("Where?").attempts
     except AllProvidersFailed as error:
@@ -157,9 +252,8 @@ def test_what_holds_for_every_walk(script: Any, most: int, eager: bool, limit: A
     assert limit is None or world.clock.now <= limit + 0.001
     for model in set(world.asked):
         asked = [asked.at for asked in world.server.asked if asked.model == model]
-        ended = [
-            begun + a.elapsed for begun, a in zip(asked, [a for a in trail if a.model == model])
-        ]
+        tries = [attempt for attempt in trail if attempt.model == model]
+        ended = [begun + attempt.elapsed for begun, attempt in zip(asked, tries)]
         replies = script[model] + script[model][-1:] * most
         for reply, end, again in zip(replies, ended, asked[1:]):
             assert again >= end + float(reply.headers.get("Retry-After", 0)) - 0.001
@@ -167,10 +261,167 @@ def test_what_holds_for_every_walk(script: Any, most: int, eager: bool, limit: A
         assert UNSUITABLE not in replies[: len(asked) - 1]
 
 
+def read(pieces: Generator[str, None, Answer]) -> Answer:
+    """What a stream returns when all of it has been read."""
+    answers: list[Answer] = []
+
+    def note_answer() -> Iterator[str]:
+        answer = yield from pieces
+        answers.append(answer)
+
+    assert "".join(note_answer())
+    return answers[0]
+
+
+class Chronicle:
+    """What the rules of the walk say of a world: told by its requests, not by the program."""
+
+    def __init__(self, sizes: Any, script: Any, max_attempts: int, waits: bool) -> None:
+        names = iter("abcdefghi")
+        self.rows = [
+            row(f"p{number}", *itertools.islice(names, size)) for number, size in enumerate(sizes)
+        ]
+        self.siblings = {model: row.models for row in self.rows for model in row.models}
+        self.script = {model: [KINDS[kind] for kind in script[model]] for model in self.siblings}
+        self.waits = waits
+        self.max_attempts = max_attempts
+        self.world = World(
+            self.script,
+            providers=self.rows,
+            max_attempts=max_attempts,
+            wait_on_rate_limit=waits,
+            idle_timeout=10.0,
+        )
+        self.hints = dict.fromkeys(self.siblings, 0.0)  # nobody may ask before
+        self.replies = {model: list(replies) for model, replies in self.script.items()}
+
+    def ask(self, pause: float, limit: float | None, live: bool) -> None:
+        """One question, after which all is checked that its requests tell."""
+        world = self.world
+        world.clock.now += pause
+        before = len(world.server.asked)
+        self.deadline = math.inf if limit is None else world.clock.now + limit
+        self.turns = dict.fromkeys(self.siblings, 0)  # attempts, and failures that count as such
+        self.ready = dict.fromkeys(self.siblings, 0.0)  # not asked again before, in this question
+        self.patience = dict.fromkeys(self.siblings, 0.0)  # pauses this long keep their place
+        self.out: set[str] = set()
+        self.anybody_reached = False
+        is_answered = True
+        try:
+            if live:
+                trail = read(world.llm.stream("Where?", timeout=limit)).attempts
+            else:
+                trail = world.llm.complete("Where?", timeout=limit).attempts
+        except AllProvidersFailed as error:
+            trail = error.attempts
+            is_answered = False
+        assert world.clock.now <= self.deadline + 0.001
+        assert max(world.slept, default=0) <= 60
+
+        requests = world.server.asked[before:]
+        assert len(trail) == len(requests)
+        for asked, attempt in zip(requests, trail):
+            self.check_request(asked)
+            self.note(asked, attempt.elapsed)
+        if not is_answered:
+            begun = [asked.at for asked in requests]
+            self.check_failure(begun[-1] if begun else world.clock.now)
+
+    def check_request(self, asked: Any) -> None:
+        """No request inside a pause; nobody twice before everybody had a turn."""
+        model = asked.model
+        assert asked.at >= self.hints[model] - 0.001, "asked inside a hint"
+        assert asked.at >= self.ready[model] - 0.001, "asked inside a backoff"
+        assert model not in self.out
+        assert self.turns[model] < self.max_attempts
+        if self.turns[model] and self.patience[model] == 0:
+            for other, turns in self.turns.items():
+                waits = turns or other in self.out or self.hints[other] > asked.at
+                assert waits, f"{model} was asked again before {other}"
+
+    def note(self, asked: Any, elapsed: float) -> None:
+        """What the reply means for the rest of the question and for the next ones."""
+        model = asked.model
+        replies = self.replies[model]
+        reply = replies.pop(0) if len(replies) > 1 else replies[0]
+        end = asked.at + elapsed
+        if reply is not DOWN:
+            self.anybody_reached = True
+        reached = self.siblings[model] if reply in (DOWN, ACCOUNT, DENIED) else (model,)
+        if reply in (UNSUITABLE, DENIED):
+            self.out.update(reached)
+        in_time = elapsed >= reply.takes
+        hint = float(reply.headers.get("Retry-After", 0)) if in_time else 0.0
+        self.hints[model] = max(self.hints[model], end + hint)
+        for each in reached:
+            self.turns[each] += 1
+            backoff = min(60.0, 2.0 ** self.turns[each])
+            self.ready[each] = end + max(backoff, hint)
+            may_wait = self.waits and in_time and reply.status == 429 and hint <= backoff
+            self.patience[each] = backoff if may_wait else 0.0
+
+    def check_failure(self, last_begun: float) -> None:
+        """Nobody who was ready and would have answered was left out while there was time."""
+        for model, replies in self.replies.items():
+            most = self.max_attempts if self.anybody_reached else min(2, self.max_attempts)
+            is_out = model in self.out or self.turns[model] >= most
+            if replies[0].status != 200 or replies[0].error or is_out:
+                continue
+            ready_at = max(self.hints[model], self.ready[model])
+            assert self.turns[model] or ready_at > last_begun, f"{model} was never asked"
+            wait = max(0.0, ready_at - self.world.clock.now)
+            left = self.deadline - self.world.clock.now - wait
+            assert wait > 60 or left < 0.01 + 2 * replies[0].takes, f"{model} could still answer"
+
+
+KINDS = {
+    "answer": says("X"),
+    "slow answer": says("X", takes=3),
+    "429": LIMITED,
+    "429, 1 s": limited(1),
+    "429, 9 s": limited(9),
+    "429, 40 s": limited(40),
+    "429, 400 s": limited(400),
+    "slow 429, 3 s": limited(3, takes=2),
+    "429 of the account": ACCOUNT,
+    "500": FAULT,
+    "slow 500": fails(takes=4),
+    "silence": SILENT,
+    "no connection": DOWN,
+    "400": UNSUITABLE,
+    "401": DENIED,
+}
+WORLDS = some.fixed_dictionaries(
+    {model: some.lists(some.sampled_from(list(KINDS)), min_size=1) for model in "abcdefghi"}
+)
+QUESTIONS = some.tuples(
+    some.sampled_from([0.0, 1.0, 5.0, 30.0, 700.0]),
+    some.sampled_from([None, 1.0, 5.0, 20.0, 100.0]),
+    some.booleans(),
+)
+
+
+@rules(deadline=None, database=None, derandomize=True, max_examples=300)
+@given(
+    some.lists(some.integers(1, 3), min_size=1, max_size=3),
+    WORLDS,
+    some.lists(QUESTIONS, min_size=1, max_size=6),
+    some.integers(1, 5),
+    some.booleans(),
+)
+def test_what_holds_for_many_questions(
+    sizes: Any, script: Any, questions: Any, most: int, waits: bool
+) -> None:
+    """Nobody who can answer is left out, nobody is asked too early, no limit is passed."""
+    chronicle = Chronicle(sizes, script, most, waits)
+    for pause, limit, live in questions:
+        chronicle.ask(pause, limit, live)
+
+
 def test_the_trail_tells_of_every_attempt() -> None:
     """Provider, model, number, status, verdict, reason, seconds slept before it and taken by it."""
     late = says("Yes.", finish="length", takes=0.5)
-    world = World({"a": [limited(7, takes=1.0), DOWN], "c": [late]})
+    world = World({"a": [limited(2, takes=1.0), DOWN], "c": [late]})
     answer = world.llm.complete("Where?")
     trail = [dataclasses.astuple(attempt) for attempt in answer.attempts]
     assert [step[:4] for step in trail] == [
@@ -180,9 +431,9 @@ def test_the_trail_tells_of_every_attempt() -> None:
     ]
     assert [step[4] and step[4].name for step in trail] == ["RATE_LIMITED", "FAULT", None]
     assert ["Slow down" in trail[0][5], "refused" in trail[1][5], trail[2][5]] == [True, True, ""]
-    assert [step[6:] for step in trail] == [(0, 1), (7, 0), (0, 0.5)]
+    assert [step[6:] for step in trail] == [(0, 1), (2, 0), (0, 0.5)]
     assert (answer.text, answer.provider, answer.model) == ("Yes.", "two", "c")
-    assert (answer.finish_reason, answer.usage, answer.elapsed) == ("length", {}, 8.5)
+    assert (answer.finish_reason, answer.usage, answer.elapsed) == ("length", {}, 3.5)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +452,85 @@ def test_a_failure_says_when_to_come_back(seconds: Any, settings: Any, script: A
     with pytest.raises(AllProvidersFailed) as caught:
         world.llm.complete("Where?")
     assert (caught.value.retry_after, world.slept) == (seconds, [])
+
+
+def test_what_is_shown_may_take_the_time_of_the_others() -> None:
+    """A stream that began within its half of the time limit is read to the limit itself."""
+    world = World({"a": [Reply(body=(event("Once"), 4, event(" upon"), 5, event(".", "stop")))]})
+    assert "".join(world.llm.stream("Where?", timeout=10.0)) == "Once upon."
+    assert world.asked == "a"
+
+
+def test_offline_a_question_fails_within_seconds_and_says_why() -> None:
+    """Nobody could be reached: it is our own network, and the error says what to check."""
+    world = World(every(DOWN))
+    with pytest.raises(AllProvidersFailed, match="check the network or HTTPS_PROXY") as caught:
+        world.llm.complete("Where?")
+    assert world.clock.now <= 5
+    assert "cannot reach one" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+# --- An answer that the caller accepts ----------------------------------------------------------
+
+
+def is_json(text: str) -> bool:
+    """As a caller would write it: json.loads raises a ValueError."""
+    return isinstance(json.loads(text), dict)
+
+
+JSON, LIST, PROSE = says('{"a": 1}'), says("[1]"), says("Well, a is 1.")
+
+
+@pytest.mark.parametrize(
+    ("script", "asked"),
+    [
+        pytest.param({"a": [JSON]}, "a", id="accepted"),
+        pytest.param({"a": [LIST], "b": [JSON]}, "ab", id="something false"),
+        pytest.param({"a": [PROSE], "b": [JSON]}, "ab", id="a ValueError"),
+        pytest.param({"a": [PROSE, JSON], **every(PROSE, models="bcd")}, "abcda", id="later"),
+        pytest.param({"a": [LIMITED, PROSE], "b": [JSON]}, "aab", id="after a limit"),
+    ],
+)
+def test_the_next_model_is_asked_until_an_answer_is_accepted(script: Any, asked: str) -> None:
+    world = World(script)
+    assert world.llm.ask("Where?", accept=is_json) == '{"a": 1}'
+    assert world.asked == asked
+
+
+def test_an_answer_that_is_never_accepted_is_a_failure_with_the_whole_trail() -> None:
+    """Nobody's health suffers: the next question begins with the first model."""
+    world = World(every(PROSE), max_attempts=2)
+    with pytest.raises(AllProvidersFailed, match="not accepted") as caught:
+        world.llm.complete("Where?", accept=is_json)
+    assert world.asked == "abcdabcd"
+    assert {attempt.verdict for attempt in caught.value.attempts} == {Verdict.REJECTED}
+    assert {health.status for health in world.llm.provider_health.values()} == {
+        ProviderStatus.HEALTHY
+    }
+    assert world.llm.complete("Where?").model == "a"
+
+
+def test_an_exception_of_accept_is_the_callers() -> None:
+    """It comes out, and nobody is asked instead."""
+    world = World()
+    with pytest.raises(ZeroDivisionError):
+        world.llm.ask("Where?", accept=lambda text: 1 / 0)
+    assert world.asked == "a"
+    assert world.llm.provider_health["one"].consecutive_failures == 0
+    assert world.llm.ask("Where?") == "A"
+
+
+def test_accept_is_for_answers_that_can_be_taken_back() -> None:
+    """A live stream cannot; ask_many can, for all questions or for one."""
+    world = World({"a": [PROSE], "b": [JSON]})
+    with pytest.raises(ValueError, match="accept"):
+        world.llm.stream("Where?", accept=is_json)
+    first, second = world.llm.ask_many(["1", {"question": "2", "accept": None}], accept=is_json)
+    assert str(first) == '{"a": 1}'
+    assert str(second) == "Well, a is 1."
+    with pytest.raises(ValueError, match="accept"):
+        world.llm.ask("Where?", accept="json")  # type: ignore[arg-type]
 
 
 # --- What is told -------------------------------------------------------------------------------
@@ -228,6 +558,71 @@ def test_the_documented_lines(caplog: pytest.LogCaptureFixture) -> None:
         ("INFO", "🎯 Trying two model 1/2: c"),
         ("INFO", "✅ Success with two c on attempt 1"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "first_line"),
+    [
+        pytest.param(every(UNSUITABLE), {}, "All providers and models failed", id="everybody"),
+        pytest.param(
+            every(DENIED),
+            {},
+            "No answer; asked: one (1 model), two (1 model); "
+            "not asked: one (1 model), two (1 model)",
+            id="a provider that was left",
+        ),
+        pytest.param(
+            every(UNSUITABLE),
+            {"provider": "one"},
+            "No answer; asked: one (2 models); not chosen: two",
+            id="a provider that was chosen",
+        ),
+        pytest.param(
+            every(fails(takes=9)),
+            {"timeout": 3.0, "model": "a"},
+            "No answer within the time limit; asked: one (1 model); not chosen: two",
+            id="no time",
+        ),
+    ],
+)
+def test_an_error_begins_with_its_sum(script: Any, arguments: Any, first_line: str) -> None:
+    """Who was asked and who was not; "all" only where it was all of them."""
+    with pytest.raises(AllProvidersFailed) as caught:
+        World(script).llm.complete("Where?", **arguments)
+    assert str(caught.value).splitlines()[0] == first_line
+
+
+def test_an_error_has_a_line_for_each_provider() -> None:
+    """Its last failure and what to do; then when the first limit ends."""
+    world = World({"a": [FAULT], "b": [limited(7200)], "c": [DENIED]}, max_attempts=1)
+    with pytest.raises(AllProvidersFailed) as caught:
+        world.llm.complete("Where?")
+    _, one, two, end = str(caught.value).splitlines()
+    assert "one b: 429 Client Error" in one
+    assert "wait for the limit to end" in one
+    assert "two c: 401 Client Error" in two
+    assert end.strip() == "The first rate limit ends in 2 hours."
+
+
+def test_a_live_stream_tells_what_it_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """A malformed event may have held a word, and what was shown cannot be taken back."""
+    pieces = (event("Once"), b"data: {broken\n\n", event(" upon.", "stop"), DONE)
+    world = World({"a": [Reply(body=pieces)], "b": [says("B")]})
+    answer = read(world.llm.stream("Where?"))
+    assert answer.text == "Once upon."
+    assert answer.skipped_events == 1
+    assert answer.to_dict()["skipped_events"] == 1
+    assert "malformed" in caplog.text
+
+
+def test_a_buffered_answer_leaves_nothing_out() -> None:
+    """It goes elsewhere, and does not read what can no longer be an answer."""
+    pieces = (event("Once"), b"data: {broken\n\n", 8, event(" upon.", "stop"), DONE)
+    world = World({"a": [Reply(body=pieces)]})
+    answer = world.llm.complete("Where?")
+    assert answer.text == "B"
+    assert answer.skipped_events == 0
+    assert world.clock.now == 0
 
 
 @pytest.mark.parametrize("reply", [UNSUITABLE, BLOCKED, DENIED], ids=["400", "policy", "401"])
@@ -332,18 +727,15 @@ def test_keys_and_lists_of_a_dotenv(bare: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_is_sent() -> None:
     """system, conversation, question; max_tokens; what else the caller says, as it is."""
-    world, said = (
-        World(),
-        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "?"}],
-    )
+    world = World()
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "?"}]
     more: Any = {"temperature": 0.5, "top_p": 0.9, "stop": ["\n"], "reasoning_effort": "high"}
     world.llm.complete("Où?", 99, system="In French", messages=said, **more)
-    system, question = (
-        {"role": "system", "content": "In French"},
-        {"role": "user", "content": "Où?"},
-    )
+    system = {"role": "system", "content": "In French"}
+    question = {"role": "user", "content": "Où?"}
     expected = {"model": "a", "messages": [system, *said, question], "max_tokens": 99}
-    assert world.server.asked[0].body == {**expected, "stream": True, **more}
+    expected.update(stream=True, stream_options={"include_usage": True})
+    assert world.server.asked[0].body == {**expected, **more}
     world.llm.complete(messages=said[:1])
     assert world.server.asked[1].body["messages"] == said[:1]
     assert [world.llm.ask("Where?"), *world.llm.stream("Where?")] == ["A", "A"]
@@ -403,6 +795,68 @@ def test_a_mistake_of_the_caller_is_a_value_error(arguments: Any) -> None:
         with pytest.raises(ValueError, match=r"\w"):
             verb(**{"question": "Where?", **arguments})
     assert (world.asked, world.llm.get_stats()["total_requests"]) == ("", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("sytem", "system"),
+        ("modell", "model"),
+        ("providers", "provider"),
+        ("max_token", "max_tokens"),
+        ("temprature", "temperature"),
+        ("time_out", "timeout"),
+    ],
+)
+def test_a_misspelt_parameter_is_refused_with_a_suggestion(name: str, near: str) -> None:
+    """Whatever the verb, with a question or with messages."""
+    world = World()
+    asked: list[Any] = [{"question": "Where?"}, {"messages": [{"role": "user", "content": "Hi"}]}]
+    for verb in (world.llm.ask, world.llm.complete, world.llm.stream):
+        for arguments in asked:
+            with pytest.raises(ValueError, match=f"{name}.*did you mean '{near}'"):
+                verb(**{**arguments, name: "x"})
+    misspelt: Any = {name: "x"}
+    with pytest.raises(ValueError, match=near):
+        world.llm.ask_many(["Where?"], **misspelt)
+    assert world.asked == ""
+
+
+def test_what_comes_after_the_provider_has_to_be_named() -> None:
+    arguments: Any = ("Where?", 500, None, "a")
+    with pytest.raises(TypeError):
+        World().llm.ask(*arguments)
+
+
+def test_a_bad_element_of_many_is_its_error_in_its_place() -> None:
+    """The rest is answered."""
+    world = World()
+    good = {"question": "Where?", "model": "d"}
+    questions: Any = ["Where?", "", None, math.nan, {"sytem": "x"}, {7: 7}, {"max_tokens": 0}, good]
+    results = list(world.llm.ask_many(questions))
+    kinds = [type(result) for result in results]
+    assert kinds == [Answer, *[ValueError] * 6, Answer]
+    assert [str(results[0]), str(results[-1])] == ["A", "D"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"retry_config": {"max_attempts": 2}}, "retry_config"),
+        ({"retry_config": "groq"}, "retry_config"),
+        ({"providers": ["groq"]}, "providers"),
+        ({"api_keys": {"groq": 123}}, "api_keys"),
+        ({"api_keys": ["gsk_1"]}, "api_keys"),
+        ({"api_keys": {"nobody": "k-11111111"}}, "nobody"),
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": "5"}, "timeout"),
+        ({"idle_timeout": math.nan}, "idle_timeout"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_the_constructor_is_refused_at_once(arguments: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        FallbackLLM(**arguments)
 
 
 # --- Models that are gone -----------------------------------------------------------------------
@@ -474,14 +928,14 @@ def test_nothing_takes_the_place_of(script: Any, arguments: Any, asked: str) -> 
 
 
 def test_the_documented_defaults() -> None:
-    assert dataclasses.astuple(RetryConfig()) == (5, 2.0, 60.0, 2.0, True, False)
+    assert dataclasses.astuple(RetryConfig()) == (5, 2.0, 60.0, 2.0, True, True)
     assert dataclasses.astuple(ProviderHealth()) == (ProviderStatus.HEALTHY, 0.0, 0.0, 0, 0.0)
     statuses = ["healthy", "rate_limited", "failed", "unavailable"]
     assert [status.value for status in ProviderStatus] == statuses
-    silences = {"cerebras": 10, "groq": 10, "openrouter": 30}
-    assert {row.name: row.silence for row in PROVIDERS} == silences
-    assert list(FallbackLLM().fallback_order) == list(silences)
-    assert row("own").silence == 60
+    idle_timeouts = {"cerebras": 10, "groq": 10, "openrouter": 30}
+    assert {row.name: row.idle_timeout for row in PROVIDERS} == idle_timeouts
+    assert list(FallbackLLM().fallback_order) == list(idle_timeouts)
+    assert row("own").idle_timeout == 60
 
 
 def test_without_a_key_only_the_question_fails(bare: Path) -> None:

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import math
-from typing import Any, Iterable
+import signal
+from http.client import BadStatusLine
+from typing import Any, Iterable, Iterator
 
 import fakes
 import pytest
+import requests
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fallback_llm import (
+    AllProvidersFailed,
+    Draft,
+    Event,
+    EventDecoder,
     Failure,
     Provider,
-    Reply,
-    Turn,
+    Redactor,
+    ThinkingFilter,
+    TimeLimit,
+    Transport,
     Verdict,
     conversation,
-    figures,
     is_blank,
-    one_line,
+    is_chat_model,
+    judge,
     request_body,
+    usage_figures,
 )
 
+NOW = 1.8e9  # seconds since the epoch
 DEFAULTS: dict[str, Any] = {"oss": {"effort": "low", "top_p": 1}, "oss-2": {"effort": "none"}}
 ROW = Provider("p", "https://p.test", None, ("m",), defaults=DEFAULTS)
 quickly = settings(deadline=None, database=None, derandomize=True, max_examples=150)
@@ -32,7 +45,7 @@ quickly = settings(deadline=None, database=None, derandomize=True, max_examples=
 
 
 def sent(model: str, **fields: Any) -> Any:
-    return json.loads(request_body(fields, Turn(ROW, model, "1/1")).decode())
+    return json.loads(request_body(fields, model, ROW.parameters_for(model)).decode())
 
 
 def test_request_body() -> None:
@@ -45,7 +58,16 @@ def test_request_body() -> None:
     assert DEFAULTS["oss"] == {"effort": "low", "top_p": 1}
     texts = ["é😀\u2028\0\n", "\ud83d\ude00", "a\ud83d", "\ude00b"]
     assert sent("m", said=texts)["said"] == ["é😀\u2028\0\n", "😀", "a\ufffd", "\ufffdb"]
-    assert "é".encode() in request_body({"said": "é"}, Turn(ROW, "m", ""))
+    assert "é".encode() in request_body({"said": "é"}, "m", {})
+
+
+def test_usage_is_asked_for() -> None:
+    """Most servers report it in a stream only to those who ask."""
+    world = fakes.World()
+    world.llm.ask("Where?")
+    body = world.server.asked[0].body
+    assert body["stream"] is True
+    assert body["stream_options"] == {"include_usage": True}
 
 
 def test_what_json_cannot_carry_is_refused() -> None:
@@ -54,19 +76,17 @@ def test_what_json_cannot_carry_is_refused() -> None:
     endless.append(endless)
     for wrong in (math.nan, math.inf, {1, 2}, b"x", endless):
         with pytest.raises(ValueError, match=r"^the question cannot be sent as JSON: "):
-            request_body({"x": wrong}, Turn(ROW, "m", ""))
+            request_body({"x": wrong}, "m", {})
 
 
 def said(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-BE, HI, YES, MORE = (
-    said("system", "s"),
-    said("user", "hi"),
-    said("assistant", "y"),
-    said("user", "q"),
-)
+BE = said("system", "s")
+HI = said("user", "hi")
+YES = said("assistant", "y")
+MORE = said("user", "q")
 CONVERSATIONS: list[Any] = [  # question, system, messages; what is sent
     (("q", None, None), [MORE]),
     (("q", "s", None), [BE, MORE]),
@@ -129,24 +149,25 @@ def plain(content: Any, **more: Any) -> bytes:
     return json.dumps({"choices": [{**choice, **more}], **USAGE}).encode()
 
 
-def reply_of(status: int = 200, **headers: str) -> Reply:
-    """A reply whose body is to come."""
-    reply = Reply(lambda: 0.0, 60.0, math.inf, 1.8e9)
-    reply.status = status
-    reply.headers = {name.replace("_", "-"): headers[name] for name in headers}
-    return reply
-
-
 def read(chunks: Iterable[bytes], status: int = 200, live: bool = False, **headers: str) -> Any:
-    """(the text, the reply) of an answer, or the Failure."""
-    reply, texts = reply_of(status, **headers), []  # type: Reply, list[str]
+    """(the text, the draft) of an answer, or the Failure."""
+    named = {name.replace("_", "-"): headers[name] for name in headers}
+    clock = fakes.FakeClock()
+    server = fakes.FakeServer(clock, {"m": [fakes.Reply(status, tuple(chunks), named)]})
+    session = requests.Session()
+    session.mount("https://", server)
+    transport = Transport(clock.time, lambda: NOW, session)
+    limit = TimeLimit(clock.time, math.inf, 60.0)
+    draft = Draft("m", live)
+    texts: list[str] = []
+    failure: Any = None
     try:
-        texts += reply.read(chunks)
-        failure = reply.failure(live)
+        texts.extend(transport.converse(ROW, "", b'{"model": "m"}', draft, limit))
+        failure = draft.failure()
     except Failure as raised:
         failure = raised
-    assert "".join(texts) == "".join(reply.text)
-    return failure or ("".join(texts), reply)
+    assert "".join(texts) == draft.text
+    return failure or (draft.text, draft)
 
 
 HELLO = stream(says("Hel"), says("lo"))
@@ -197,9 +218,9 @@ def test_an_answer_in_every_form(data: bytes) -> None:
     """Whole, byte by byte, and live."""
     for chunks in ([data], [data[i : i + 1] for i in range(len(data))]):
         for live in (False, True):
-            text, reply = read(chunks, live=live)
+            text, draft = read(chunks, live=live)
             assert text == "Hello"
-            assert reply.finish_reason == ("" if b'"stop"' not in data else "stop")
+            assert draft.finish_reason == ("stop" if b'"stop"' in data else "")
 
 
 @quickly
@@ -228,10 +249,25 @@ def test_thinking_is_left_out_however_it_is_cut(text: str, at: list[int]) -> Non
         assert (found.verdict, found.reason) == (Verdict.FAULT, why)
 
 
+def take(draft: Draft, *choices: Any) -> list[str]:
+    """What can be shown after each event."""
+    return [draft.take(Event(json.dumps({"choices": [choice]}))) for choice in choices]
+
+
 def test_texts_come_as_they_are_said() -> None:
     """Each event gives its text at once; what may become <think> is held back."""
-    events = (event(says(text)) for text in (" ", "<th", "e", "", "n"))
-    assert [*reply_of().read(events)] == ["", "", " <the", "", "n"]
+    pieces = [says(text) for text in (" ", "<th", "e", "", "n")]
+    assert take(Draft("m", True), *pieces) == ["", "", " <the", "", "n"]
+    thinking = ThinkingFilter()
+    assert [thinking.feed(text) for text in ("<th", "ink>a</th", "ink>", "\n", "b")][-1] == "b"
+    assert (thinking.has_thought, thinking.is_thinking) == (True, False)
+
+
+def test_a_live_stream_shows_nothing_before_the_first_visible_character() -> None:
+    """Or an empty answer would have been shown, and nobody else could be asked."""
+    draft = Draft("m", True)
+    assert take(draft, says(" \n"), says("\u200b"), says("\u2060")) == ["", "", ""]
+    assert take(draft, says("Hi")) == [" \n\u200b\u2060Hi"]
 
 
 def test_usage() -> None:
@@ -243,13 +279,19 @@ def test_usage() -> None:
         event(says("Hello", finish_reason="stop"), **spent) + event({}, usage=None),
         event(says("Hello", finish_reason="stop"), x_groq=spent),
     ):
-        assert read([data])[1].usage == figures(spent["usage"]) == {"a": 1, "b": {"c": 2.5}}
+        assert read([data])[1].usage == {"a": 1, "b": {"c": 2.5}}
+    assert usage_figures(spent["usage"]) == {"a": 1, "b": {"c": 2.5}}
+    for nothing in (None, "", 7, [], [{"a": 1}]):
+        assert usage_figures(nothing) == {}
     assert read([plain("Hello")])[1].usage == USAGE["usage"]
 
 
 LIMIT = {"message": "Slow.", "code": 429}
-CUT, EMPTY, TEXT = "the answer was cut: it has no end", "the answer is empty", event(says("Hel"))
-NOTHING, THOUGHT = "the reply holds no answer", "only reasoning came, no answer"
+TEXT = event(says("Hel"))
+CUT = "the answer was cut: it has no end"
+EMPTY = "the answer is empty"
+NOTHING = "the reply holds no answer"
+THOUGHT = "only reasoning came, no answer"
 REFUSAL = {"delta": {"refusal": "I will not."}}
 ERRORS = {  # data, verdict, the reason's beginning
     "flat, inside": (event(message="Slow.", code="token_quota_exceeded"), "RATE_LIMITED", ""),
@@ -276,15 +318,15 @@ ERRORS = {  # data, verdict, the reason's beginning
     "error beside choices": (event(says(""), error=LIMIT), "RATE_LIMITED", "error 429 inside"),
     "error in the choice": (event({**END, "error": LIMIT}), "RATE_LIMITED", "error 429 inside"),
     "error with its status": (event(error={"a": 1}, status_code=401), "DENIED", "error 401 inside"),
-    "error of x_groq": (event(x_groq={"error": "boom"}), "FAULT", "error: boom"),
+    "error of x_groq": (event(x_groq={"error": "boom"}), "FAULT", "error inside the reply: boom"),
     "error event": (b"event: error\n" + event(error=LIMIT), "RATE_LIMITED", "error 429 inside "),
     "error event, flat": (b"event:error\n" + event(**LIMIT), "RATE_LIMITED", "error 429 inside "),
-    "error event, text": (b"event: error\ndata: boom\n\n", "FAULT", "error: boom"),
+    "error event, text": (b"event: error\ndata: boom\n\n", "FAULT", "error inside the reply: boom"),
     "error at the end": (HELLO[:-14] + event(error=LIMIT), "RATE_LIMITED", "error 429 inside the"),
     "finish_reason error": (
         TEXT + event({"finish_reason": "error", "native_finish_reason": "MALFORMED"}),
         "FAULT",
-        "error: MALFORMED",
+        "error inside the reply: MALFORMED",
     ),
     "plain error": (json.dumps({"error": LIMIT}).encode(), "RATE_LIMITED", "error 429 inside the"),
     "plain error of a choice": (plain("Hel", error=LIMIT), "RATE_LIMITED", "error 429 inside the"),
@@ -308,16 +350,161 @@ def test_what_is_no_whole_answer(data: bytes, verdict: str, reason: str) -> None
     """Whole, and byte by byte."""
     for chunks in ([data], [bytes([byte]) for byte in data[:2000]] + [data[2000:]]):
         failure = read(chunks)
-        assert (failure.verdict.name, failure.wide) == (verdict, verdict == "DENIED")
+        assert (failure.verdict.name, failure.reaches_provider) == (verdict, verdict == "DENIED")
         assert failure.reason.startswith(reason)
+
+
+OOPS = b"data: {oops}\n\n"
 
 
 def test_live_skips_what_is_broken() -> None:
     """What was shown cannot be taken back; a cut is still a cut, and no text no answer."""
-    broken = event(says("Hel")) + b"data: {oops}\n\n"
-    assert read([broken + event(says("lo")) + event(END)], live=True)[0] == "Hello"
-    assert read([broken], live=True).reason == CUT
-    assert read([b"data: {oops}\n\n" + event(END)], live=True).reason.startswith("no answer in")
+    text, draft = read([TEXT + OOPS + b"data: 7\n\n" + event(says("lo")) + event(END)], live=True)
+    assert (text, draft.skipped_events) == ("Hello", 2)
+    assert read([TEXT + OOPS], live=True).reason == CUT
+    assert read([HELLO], live=True)[1].skipped_events == 0
+
+
+@pytest.mark.parametrize("before", [b"", event(START), event(says(" \n")), event(says("<think>x"))])
+def test_live_too_a_broken_event_before_the_first_text_is_a_fault(before: bytes) -> None:
+    """Nothing was shown yet, so somebody else can still give a whole answer."""
+    failure = read([before + OOPS + HELLO], live=True)
+    assert failure.reason == "no answer in the reply: {oops}"
+
+
+def test_a_buffered_answer_that_can_no_longer_become_one_is_not_read_to_its_end() -> None:
+    """Another model is asked at once, rather than after the seconds that the rest takes."""
+    world = fakes.World({"a": [fakes.Reply(body=(TEXT, OOPS, 8.0, HELLO))]})
+    assert world.llm.complete("Where?").text == "B"
+    assert world.clock.now == 0
+
+
+PROGRESS: dict[str, tuple[Any, bool]] = {
+    "text": ({"choices": [says("a")]}, True),
+    "reasoning": ({"choices": [{"delta": {"reasoning": "hm"}}]}, True),
+    "its other name": ({"choices": [{"delta": {"reasoning_content": "hm"}}]}, True),
+    "a finish_reason": ({"choices": [END]}, True),
+    "nothing": ({}, False),
+    "no choices": ({"choices": []}, False),
+    "a role": ({"choices": [START]}, False),
+    "an empty text": ({"choices": [says("")]}, False),
+    "white space": ({"choices": [says(" \n\u200b")]}, False),
+    "blank reasoning": ({"choices": [{"delta": {"reasoning": " "}}]}, False),
+    "usage": ({"choices": [], "usage": {"total_tokens": 7}}, False),
+    "other fields": ({"id": "7", "object": "heartbeat", "n": 1}, False),
+}
+
+
+@pytest.mark.parametrize(("said", "expected"), PROGRESS.values(), ids=list(PROGRESS))
+def test_what_is_progress(said: Any, expected: bool) -> None:
+    """Only what brings the answer nearer: heartbeats could go on for ever."""
+    draft = Draft("m", False)
+    draft.take(Event(json.dumps(said)))
+    assert draft.is_progress is expected
+    draft.take(Event("{}", "ping"))
+    assert not draft.is_progress
+
+
+def test_a_finish_reason_is_progress_once() -> None:
+    """Some gateways repeat it for ever, or say it with every text; a text is progress again."""
+    draft = Draft("m", False)
+    take(draft, says("a", finish_reason="stop"))
+    assert (draft.is_progress, draft.is_settled) == (True, False)
+    take(draft, END)
+    assert not draft.is_progress
+    take(draft, says("b", finish_reason="stop"))
+    assert (draft.is_progress, draft.is_settled) == (True, False)
+    assert draft.text == "ab"
+
+
+def test_after_the_end_only_usage_is_expected() -> None:
+    """A finish_reason without text settles the answer, until a text comes all the same."""
+    draft = Draft("m", False)
+    take(draft, says("a"), END)
+    assert draft.is_settled
+    take(draft, says("b"))
+    assert not draft.is_settled
+
+
+JUDGE_MODEL = "maker/content-safety-9b:free"
+MODERATED: dict[str, tuple[str, str, bool]] = {  # asked, who answered, whether it is an answer
+    "a router chose one": ("router/any", JUDGE_MODEL, False),
+    "another family": ("router/any", "llama-guard-4-12b", False),
+    "in capitals": ("router/any", "Maker/Text-Moderation", False),
+    "a model that chats": ("router/any", "maker/chat-9b:free", True),
+    "the model itself": (JUDGE_MODEL, JUDGE_MODEL, True),
+    "its full name": ("llama-guard-4", "meta/llama-guard-4-12b", True),
+}
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize(("asked", "model", "answers"), MODERATED.values(), ids=list(MODERATED))
+def test_a_moderation_model_gives_no_answer(
+    asked: str, model: str, answers: bool, live: bool
+) -> None:
+    """Its text is a verdict on the question; before it is shown, another model is asked."""
+    said = json.dumps({"model": model, "choices": [says("Harmless.", finish_reason="stop")]})
+    draft = Draft(asked, live)
+    if answers:
+        assert draft.take(Event(said)) == "Harmless."
+        assert draft.failure() is None
+    else:
+        with pytest.raises(Failure) as caught:
+            draft.take(Event(said))
+        assert caught.value.verdict is Verdict.FAULT
+        assert model in caught.value.reason
+        assert draft.text == ""
+
+
+SUPPLIER: dict[str, tuple[bytes, str]] = {
+    "comments, then only an error": (
+        b": WAIT\n\n: WAIT\n\n"
+        + event(choices=[], error={"code": 502, "message": "Nobody is there"}),
+        "FAULT",
+    ),
+    "an error between texts": (
+        TEXT + event(choices=[], error={"code": 502, "message": "JSON was broken"}),
+        "FAULT",
+    ),
+    "the same as a limit": (
+        TEXT
+        + event(
+            choices=[],
+            error={
+                "code": 429,
+                "message": "JSON was broken",
+                "metadata": {"error_type": "rate_limit_exceeded"},
+            },
+        ),
+        "RATE_LIMITED",
+    ),
+    "no stream at all": (
+        json.dumps(
+            {
+                "error": {
+                    "code": 503,
+                    "message": "Too many guests",
+                    "metadata": {"error_type": "provider_overloaded"},
+                }
+            }
+        ).encode(),
+        "FAULT",
+    ),
+    "thinking used up the cap": (
+        event({"delta": {"reasoning": "hm"}})
+        + event({"delta": {"content": ""}, "finish_reason": "length"})
+        + DONE,
+        "UNSUITABLE",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "verdict"), SUPPLIER.values(), ids=list(SUPPLIER))
+def test_a_suppliers_trouble_inside_a_200(data: bytes, verdict: str) -> None:
+    """It is about this model, so the same provider's others may answer."""
+    for live in (False, True):
+        failure = read([data], live=live)
+        assert (failure.verdict.name, failure.reaches_provider) == (verdict, False)
 
 
 def test_a_refused_request() -> None:
@@ -329,7 +516,8 @@ def test_a_refused_request() -> None:
         assert failure.reason == "429 Client Error: Too Many Requests: Slow."
     for data in (b"", HELLO, plain("Hello"), b"null", b"[]", b"\xff"):
         assert read([data], 401).verdict is Verdict.DENIED
-        assert (read([data], 300).verdict, read([data], 399).wide) == (Verdict.FAULT, True)
+        assert read([data], 300).verdict is Verdict.FAULT
+        assert read([data], 399).reaches_provider
         assert read([data], 199).verdict is Verdict.FAULT
 
 
@@ -384,7 +572,7 @@ LINES = {
         "risk-averse gsk_1234567 task sk-short",
     ),
     "bearer": ("Authorization: Bearer a.b/c+d=~1", "Authorization: Bearer [key]"),
-    "password in a URL": ("see http://me:secret@h.test/a@b", "see http://[key]@h.test/a@b"),
+    "password in a URL": ("see http://me:secret@h.test/a@b", "see http://[key]@b"),
     "ids": ("in org_01jabc for user_9Xy, user", "in org_[id] for user_[id], user"),
     "300": ("a" * 300, "a" * 300),
     "301": ("a" * 301, "a" * 299 + "…"),
@@ -392,10 +580,13 @@ LINES = {
 
 
 @pytest.mark.parametrize(("text", "line"), LINES.values(), ids=list(LINES))
-def test_one_line(text: str, line: str) -> None:
-    """Safe to show, and short."""
-    assert one_line(text) == line
-    assert one_line(text, [None, "", "xyz", "no"]) == line
+def test_a_line_that_is_shown(text: str, line: str) -> None:
+    """Safe to show, and short; what is too short for a key is not masked."""
+    redactor = Redactor()
+    assert redactor.line(text) == line
+    for nothing in (None, "", " ", "xyz", "no"):
+        redactor.add(nothing)
+    assert redactor.line(text) == line
 
 
 KEYS = st.text("abcXYZ019-_.~+/=$^*(", min_size=4, max_size=40)
@@ -408,9 +599,93 @@ def test_a_key_of_any_spelling_never_survives(
     key: str, spell: Any, before: str, after: str, pad: int
 ) -> None:
     """Nor a part of it, where the line is cut."""
-    line = one_line("#" * pad + before + spell(key) + after, ["other", key])
+    redactor = Redactor()
+    redactor.add("other")
+    redactor.add(key)
+    line = redactor.line("#" * pad + before + spell(key) + after)
     assert key.lower() not in line.lower()
     assert len(line) <= 300
+
+
+KEY = "Zq81mN~nb-77TtL~~w02_xxP~d9Rk3"
+OLD_KEY = "former-Yh55vB1qqWe8"
+
+
+def leaks(line: str, secret: str) -> list[str]:
+    """The parts of a secret, six characters long, that a line still shows."""
+    shown = "".join(char for char in line if char.isprintable() and not char.isspace())
+    parts = [secret[i : i + 6] for i in range(len(secret) - 5)]
+    return [part for part in parts if part in shown]
+
+
+def redacted(text: str) -> str:
+    redactor = Redactor()
+    redactor.add(OLD_KEY)
+    redactor.add(KEY)
+    return redactor.line(text)
+
+
+GAPS = ["\n", "\r\n", " ", "\t ", "\u200b", "\u200d", "\ufeff", "\u00ad", "\u2028", "\xa0", "\0"]
+
+
+@pytest.mark.parametrize("gap", GAPS, ids=ascii)
+def test_a_key_that_is_broken_up_is_masked(gap: str) -> None:
+    """By line breaks, blanks, invisible characters: once, or after each character."""
+    for text in (KEY[:9] + gap + KEY[9:], gap.join(KEY), KEY[:5] + gap * 4 + KEY[5:]):
+        line = redacted(f"The key {text} is wrong")
+        assert line == "The key [key] is wrong"
+
+
+@pytest.mark.parametrize("before", ["", "a", "ab", "abc", "Bearer ", '{"key": "'])
+@pytest.mark.parametrize("after", ["", "z", "zz", "zzz", '"}'])
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode])
+def test_a_key_in_base64_is_masked(before: str, after: str, encode: Any) -> None:
+    """Whatever stands around it, which shifts its characters."""
+    encoded = encode((before + KEY + after).encode()).decode()
+    line = redacted(f"No entry for {encoded} today")
+    assert line.startswith("No entry for ")
+    assert line.endswith(" today")
+    for shift in range(3):
+        middle = encode(b"-" * shift + KEY.encode()).decode()[4:-4]
+        assert leaks(line, middle) == []
+
+
+@pytest.mark.parametrize("pad", range(3960, 4010))
+def test_a_key_at_the_limit_of_what_is_looked_at_is_not_cut_in_two(pad: int) -> None:
+    """Nothing would recognize half of it; what is not shown takes no room in the line."""
+    padding = "\u200b" * pad
+    assert leaks(redacted(f"{padding} {KEY} is wrong"), KEY) == []
+    assert leaks(redacted(f"{padding}{KEY} is wrong"), KEY) == []
+    failure = judge(400, {}, {"error": {"message": f"{padding} {KEY} is wrong"}}, NOW)
+    assert leaks(redacted(failure.reason), KEY) == []
+
+
+CUTS = {
+    "a title": "<html><title>SIZE KEY</title></html>",
+    "a heading": "<html><h1>SIZE KEY</h1></html>",
+    "first words": "<html><p>SIZE KEY</p></html>",
+    "a code": '{"error": {"code": "SIZE-KEY"}}',
+    "a type": '{"error": {"type": "SIZE-KEY", "message": ""}}',
+    "a message": '{"error": {"message": "SIZE KEY"}}',
+}
+
+
+@pytest.mark.parametrize("form", CUTS.values(), ids=list(CUTS))
+def test_no_part_of_a_reply_is_cut_inside_a_key(form: Any) -> None:
+    """Wherever a text is shortened before it is shown, at whatever length."""
+    for size in range(60, 301, 7):
+        text = form.replace("SIZE", "x" * size).replace("KEY", KEY)
+        reason = judge(400, {}, text, NOW).reason
+        assert leaks(redacted(reason).lower(), KEY.lower()) == [], size
+
+
+def test_old_keys_stay_masked() -> None:
+    """A server may still echo the one that was used before; a long one hides a short one in it."""
+    assert redacted(f"{OLD_KEY} was better than {KEY}") == "[key] was better than [key]"
+    redactor = Redactor()
+    redactor.add(KEY[:8])
+    redactor.add(KEY)
+    assert redactor.line(f"a {KEY} b {KEY[:8]} c") == "a [key] b [key] c"
 
 
 def test_chat_models() -> None:
@@ -422,21 +697,270 @@ def test_chat_models() -> None:
         {"id": "d", "pricing": {"prompt": "0", "completion": "0.1"}},
         {"id": "e", "pricing": {"prompt": "-1"}},
         *({"id": f"x-{kind}-1"} for kind in ("whisper", "tts", "guard", "embed", "rerank")),
+        *({"id": f"x-{kind}-1:free"} for kind in ("content-safety", "moderation", "shield")),
         *({"id": name} for name in ("", "a b", "a\n", "x" * 201, "a?")),
         {"id": "f", "active": False},
         {"id": "g", "context_window": 4096},
         {"id": "h", "context_length": 4096},
         {"id": "i", "output_modalities": ["audio"]},
         {"id": "j", "architecture": {"output_modalities": ["text", "image"]}},
+        *(None, 7, "a", [], {}, {"id": None}),
     ]
+    chosen = [entry["id"] for entry in listed if is_chat_model(entry, free_only=False)]
+    assert chosen == ["a", "b", "c", "d", "e"]
+    assert [entry["id"] for entry in listed if is_chat_model(entry, free_only=True)] == ["c"]
 
-    def served(body: Any, free_only: bool) -> list[str]:
-        rows = [fakes.row("p", "m", free_only=free_only)]
-        world = fakes.World({"p/models": [fakes.Reply(200, body)]}, providers=rows)
-        return world.llm.served(world.llm.rows()[0])
 
-    assert served({"data": listed}, free_only=False) == ["a", "b", "c", "d", "e"]
-    assert served({"data": listed}, free_only=True) == ["c"]
-    nothings: list[Any] = [None, "", [], {}, {"data": None}, {"data": []}, {"data": [{"id": "?"}]}]
-    for nothing in nothings:
-        assert served(nothing, free_only=False) == []
+GONE = {"error": {"code": "model_not_found"}}
+NO_LISTS: list[Any] = [None, "", [], {}, {"data": None}, {"data": []}, {"data": [{"id": "?"}]}]
+
+
+@pytest.mark.parametrize("listing", NO_LISTS, ids=str)
+def test_a_models_list_that_holds_none(listing: Any) -> None:
+    """It helps nobody, and breaks nothing."""
+    script = {"m": [fakes.Reply(404, GONE)], "p/models": [fakes.Reply(200, listing)]}
+    world = fakes.World(script, providers=[fakes.row("p", "m")])
+    with pytest.raises(AllProvidersFailed):
+        world.llm.complete("Where?")
+    assert world.asked == "mp/models"
+
+
+# --- Texts of megabytes -------------------------------------------------------------------------
+
+CPU_SECONDS = 30  # far more than is needed; quadratic work would take hours
+MILLION = 1000000
+
+
+def huge(text: str) -> str:
+    """The text again and again, two million characters long."""
+    return text * (2 * MILLION // len(text))
+
+
+@pytest.fixture
+def bounded() -> Iterator[None]:
+    """Ends a test that computes for too long; a machine that is busy otherwise does not count."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError(f"more than {CPU_SECONDS} s of computing")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+PAGES = {
+    "an endless title": "<html><title>" + "x" * 100000 + "</title>",
+    "a title of blanks": "<html><title>" + huge(" "),
+    "titles": "<html>" + huge("<title>"),
+    "headings": "<html>" + huge("<h1>"),
+    "styles": "<html>" + huge("<style>"),
+    "scripts": "<html>" + huge("<script "),
+    "brackets": "<html>" + huge("<"),
+    "blanks before the page": huge(" ") + "<html><title>x</title>",
+    "XML": "<?xml " + huge(" "),
+    "blanks": huge(" "),
+    "line breaks": huge("\r\n"),
+    "zero-width characters": huge("\u200b"),
+    "one word": huge("x"),
+    "half of a JSON": huge('{"error":'),
+}
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("page", PAGES.values(), ids=list(PAGES))
+def test_a_huge_page_is_judged(page: str) -> None:
+    """By its status, with a reason that can be shown."""
+    for status, verdict in ((503, Verdict.FAULT), (404, Verdict.UNSUITABLE)):
+        failure = judge(status, {}, page, NOW)
+        assert failure.verdict is verdict
+        assert redacted(failure.reason).startswith(f"{status} ")
+    assert read([page.encode()]).verdict is Verdict.FAULT
+
+
+WORDS_OF_PATTERNS = ["model", "models", "account", "api key", "payment", "card", "ip", "prompt"]
+WORDS_OF_PATTERNS += ["content", "maximum", "exceed", "context length", "request too", "per"]
+WORDS_OF_PATTERNS += ["try again in", "wait for", "retry after 1h", "resets in 1.1", "1m", "violat"]
+WORDS_OF_PATTERNS += ["rate", "too many", "key", "organization", "<think>", "sk-", "Bearer", "://"]
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("word", WORDS_OF_PATTERNS)
+def test_a_pattern_that_begins_again_and_again(word: str) -> None:
+    """It never becomes a match, and costs no more than reading the text."""
+    for text in (huge(word), huge(word + " "), word + huge(" ")):
+        for status in (200, 403, 429):
+            failure = judge(status, {}, {"error": {"message": text, "type": text}}, NOW)
+            assert failure.verdict is not Verdict.REFUSED
+            assert failure.hint is None or failure.hint <= 3600
+        assert len(redacted(text)) <= 300
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize(
+    "code", ["a", "_failed_", "moderation", "model_", "account_limi", "_too_large_", "*", "[a"]
+)
+def test_a_code_of_megabytes(code: str) -> None:
+    """Only its beginning is looked at; what the message says is shown all the same."""
+    for name in ("code", "type", "error_type", "limit_source"):
+        failure = judge(500, {}, {"error": {name: huge(code), "message": "Hm"}}, NOW)
+        assert failure.reason.endswith(": Hm")
+
+
+HEADER_NAMES = ["retry-after", "retry-after-ms", "date", "x-ratelimit-reset", "location"]
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("value", ["9", "Fri, ", " ", "-", "1 Jan ", "https://", "e9", "_1"])
+def test_a_header_of_megabytes(value: str) -> None:
+    """It is no hint."""
+    headers = dict.fromkeys(HEADER_NAMES, huge(value))
+    assert judge(429, headers, "", NOW).hint is None
+    assert judge(301, headers, "", NOW).reaches_provider
+
+
+@pytest.mark.usefixtures("bounded")
+def test_thousands_of_messages_in_one_error() -> None:
+    """One beside the other, or one inside the other: the first ones tell enough."""
+    messages = [{"message": f"No {number}"} for number in range(6000)]
+    for body in (messages, {"errors": messages}, {"error": {"errors": messages}}):
+        failure = judge(500, {}, body, NOW)
+        assert failure.reason == "500 Server Error: Internal Server Error: No 0"
+
+    details = {str(number): {"message": "x" * 1000} for number in range(6000)}
+    for name in ("message", "detail", "error"):
+        assert judge(500, {}, {name: details}, NOW).verdict is Verdict.FAULT
+
+    quoted = json.dumps({"message": "the last"})
+    for _ in range(9):
+        metadata = {"raw": quoted}
+        quoted = json.dumps({"message": "Provider returned error", "metadata": metadata})
+    reason = judge(500, {}, json.loads(quoted), NOW).reason
+    assert reason.endswith("Provider returned error: the last")
+
+
+NESTINGS = {
+    "lists": ("[", "]"),
+    "errors": ('{"error":', "}"),
+    "messages": ('{"message":', "}"),
+    "messages in lists": ('{"message":[', "]}"),
+    "choices": ('{"choices":[', "]}"),
+}
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize(("opening", "closing"), NESTINGS.values(), ids=list(NESTINGS))
+def test_a_deep_reply(opening: str, closing: str) -> None:
+    """However deep it is, up to where Python gives up and beyond, it is just a bad reply."""
+    for depth in [*range(940, 1001, 5), 5000, 100000]:
+        body = (opening * depth + '"x"' + closing * depth).encode()
+        assert read([body], 500).verdict is Verdict.FAULT
+        assert read([body]).verdict is Verdict.FAULT
+        assert read([b"data: " + body + b"\n\n"]).verdict is Verdict.FAULT
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("depth", [300, 900, 985, 990, 995, 1000, 100000])
+@pytest.mark.parametrize(("opening", "closing"), NESTINGS.values(), ids=list(NESTINGS))
+def test_a_deep_error_sends_the_question_on(opening: str, closing: str, depth: int) -> None:
+    """Nothing but our own errors comes out of complete(), whatever the server nests."""
+    body = opening * depth + '"x"' + closing * depth
+    world = fakes.World({"a": [fakes.Reply(400, body)]})
+    assert world.llm.complete("Where?").text == "B"
+
+
+def chatter(text: str, times: int) -> Iterator[bytes]:
+    """Many events with the same text, in chunks of about 64 KB, as a socket gives them."""
+    one = event(says(text))
+    a_chunk = max(1, 65536 // len(one))
+    for done in range(0, times, a_chunk):
+        yield one * min(a_chunk, times - done)
+
+
+@pytest.mark.usefixtures("bounded")
+def test_thinking_without_end() -> None:
+    """80,000 events of thoughts: none of them is kept, and the answer after them is found."""
+    thoughts = chatter("I wonder whether </thin" + " or not" * 40, 80000)
+    end = event(says("</think>Hello")) + event(END)
+    draft = Draft("m", False)
+    decoder = EventDecoder()
+    for chunk in [event(says("<think>")), *thoughts, end]:
+        for found in decoder.feed(chunk):
+            draft.take(found)
+    assert draft.text == "Hello"
+    assert draft.failure() is None
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("text", [" ", "\n" * 20, "\u200b" * 20])
+def test_white_space_without_end(text: str) -> None:
+    """100,000 events of nothing to see are no answer, and no hindrance to one that follows."""
+    blanks = list(chatter(text, 100000))
+    whole, draft = read([*blanks, HELLO], live=True)
+    assert whole == text * 100000 + "Hello"
+    assert draft.texts[0].endswith("Hel")
+    assert read([*blanks, event(END)], live=True).reason == EMPTY
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("words", ["I will not. " * 80, "No" * 500], ids=["words", "no blanks"])
+def test_a_refusal_of_30_megabytes(words: str) -> None:
+    """Its beginning is the reason."""
+    draft = Draft("m", False)
+    piece = Event(json.dumps({"choices": [{"delta": {"refusal": words}}]}))
+    for _ in range(30 * MILLION // len(words)):
+        draft.take(piece)
+    draft.take(Event("[DONE]"))
+    failure = draft.failure()
+    assert failure is not None
+    assert failure.verdict is Verdict.REFUSED
+    assert redacted(failure.reason).startswith(words[:10])
+
+
+TRICKLES = {
+    "line breaks": (b"\n", 200000),
+    "carriage returns": (b"\r", 200000),
+    "comments": (b": wait\n\n", 200000),
+    "fields": (b"id: 7\n", 200000),
+    "empty data": (b"data:\n\n", 200000),
+    "data without a blank line": (b"data: x\n", 200000),
+    "one endless line": (b"x" * 64, 200000),
+    "bytes that are not UTF-8": (b"\xff", 200000),
+}
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize(("drop", "times"), TRICKLES.values(), ids=list(TRICKLES))
+def test_a_reply_that_trickles(drop: bytes, times: int) -> None:
+    """Every read brings a little; nothing of what came before is read again."""
+    decoder = EventDecoder()
+    events = []
+    for _ in range(times):
+        events.extend(decoder.feed(drop))
+    events.extend(decoder.end())
+    assert len(events) == 1
+    draft = Draft("m", False)
+    with contextlib.suppress(Failure):
+        assert draft.take(events[0]) == ""
+    assert draft.text == ""
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("text", ["x" * 65536, " " * 65536, "Retry-After: " * 5000, "://" * 20000])
+def test_a_status_line_of_64_kilobytes(text: str) -> None:
+    """An exception may quote all of it; what is shown is short."""
+    for error in (
+        BadStatusLine(text),
+        requests.ConnectionError(f"('Connection aborted.', BadStatusLine({text!r}))"),
+        requests.ConnectionError(BadStatusLine(text)),
+        requests.exceptions.InvalidHeader(text),
+        OSError(text),
+    ):
+        world = fakes.World({"a": [fakes.Reply(error=error)]}, max_attempts=1)
+        answer = world.llm.complete("Where?")
+        attempt = answer.attempts[0]
+        assert attempt.verdict is Verdict.FAULT
+        assert 0 < len(attempt.reason) <= 300
