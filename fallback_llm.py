@@ -2160,11 +2160,13 @@ OPENING = 16  # requests under way to a model of which nothing is known; more wi
 CAREFUL_OPENING = 2  # the same once a rate limit was met anywhere
 HOLD = 0.05  # seconds after which a question that was held back looks again, at the soonest
 UNUSED_SLOTS = 4  # slots that nobody took are kept for later, as in a token bucket
+LATENCY_GUESS = 0.5  # seconds that a request takes, before the first answer
 MARGIN = 1.05  # the measured gap is widened by this, so that the next refusal is far away
 MAX_GROWTH = 10.0  # a gap grows at most by this factor at a time
 EASING = 0.002  # an answer shortens the gap by this share ...
 EASING_DOUBLES = 12  # ... which doubles after so many answers without a refusal
 MAX_PROBE_GAP = 20.0  # seconds between two probes of a model that refuses everything
+MAX_PACED_HINT = 120.0  # seconds; a longer hint is about an hour or a day, not about the pace
 
 
 class Pace:
@@ -2191,6 +2193,7 @@ class Pace:
         self._span = 0.0  # of the last measurement: the time, the requests granted in it,
         self._spent = 0
         self._most = math.inf  # and the largest gap that it may give
+        self._is_rough = False  # it was the first one, after a burst, and says little
 
     def slot_at(self, now: float) -> float:
         """When the next request can be sent."""
@@ -2219,8 +2222,11 @@ class Pace:
         if math.isnan(self._measured_from):
             self._measured_from = at
         if self._gap:
-            earliest = at - UNUSED_SLOTS * self._gap
-            self._slot_at = max(self._slot_at, earliest) + self._gap
+            gap = self._gap
+            if self._is_rough:  # one request at a time
+                gap = max(gap, LATENCY_GUESS if self._latency == 0 else self._latency)
+            earliest = at - UNUSED_SLOTS * gap
+            self._slot_at = max(self._slot_at, earliest) + gap
 
     def begin(self) -> None:
         """A request is sent."""
@@ -2247,7 +2253,9 @@ class Pace:
         if room is not None:
             self._window = max(1, min(self._window, room))
 
-    def refuse(self, now: float, begun: float, hint: Optional[float]) -> None:
+    def refuse(
+        self, now: float, begun: float, hint: Optional[float], backoff: Callable[[int], float]
+    ) -> None:
         """A request of a crowd, begun at `begun`, met the rate limit."""
         if begun < self.refused_at:
             self._correct()
@@ -2262,15 +2270,18 @@ class Pace:
         self._refusals += 1
         if granted > 0:
             self._measure(now + (hint or 0.0), granted)
-        probe_gap = min(MAX_PROBE_GAP, self._gap * 2 ** (self._refusals - 1))
-        self._slot_at = now + max(self._gap, hint or probe_gap)
+        pause = hint or 0.0
+        if hint is None and self._refusals > 1:
+            pause = min(MAX_PROBE_GAP, backoff(self._refusals - 1))
+        self._slot_at = now + max(self._gap, pause)
 
     def _measure(self, begins_again: float, granted: int) -> None:
         """Learn the gap at the end of a quota, which begins again when the hint ends."""
         self._span = begins_again - self._measured_from
-        self._most = MAX_GROWTH * self._gap if self._gap else math.inf
+        self._is_rough = self._gap == 0
+        self._most = math.inf if self._is_rough else MAX_GROWTH * self._gap
         self._spent = granted
-        self._gap = max(0.001, min(self._most, MARGIN * self._span / granted))
+        self._set_gap()
         self._measured_from = begins_again
         self._granted = 0
 
@@ -2278,7 +2289,11 @@ class Pace:
         """One of those that had no reply at the last measurement was refused as well."""
         if self._spent > 1:
             self._spent -= 1
-            self._gap = max(0.001, min(self._most, MARGIN * self._span / self._spent))
+            self._set_gap()
+
+    def _set_gap(self) -> None:
+        measured = MARGIN * self._span / self._spent
+        self._gap = max(0.001, min(self._most, measured))
 
 
 class Outlook(NamedTuple):
@@ -2298,6 +2313,7 @@ class Slot:
         self.candidate = candidate
         self.taken_at = taken_at
         self.is_begun = False  # its request was sent
+        self.is_granted = False  # and is being answered
 
 
 class Health:
@@ -2369,13 +2385,19 @@ class Health:
         """
         self._dropped.append((slot, answered_since))
 
-    def answered(self, slot: Slot, begun: float, room: Optional[int]) -> None:
+    def granted(self, slot: Slot, begun: float, room: Optional[int]) -> None:
+        """The first text of an answer came to a request that began at `begun`."""
+        with self.lock:
+            slot.is_granted = True
+            for pace in self._paces_of(slot.candidate):
+                pace.grant(begun, self._clock(), room)
+                pace.end(was_sent=True)
+
+    def answered(self, slot: Slot, begun: float) -> None:
         """A request that began at `begun` was answered."""
         with self.lock:
             self._clear_dropped()
             self._end(slot)
-            for pace in self._paces_of(slot.candidate):
-                pace.grant(begun, self._clock(), room)
             self._forgive(slot.candidate, begun)
 
     def failed(
@@ -2392,10 +2414,12 @@ class Health:
             now = self._clock()
             candidate = slot.candidate
             scope = "" if failure.reaches_provider else candidate.model
-            if failure.verdict is Verdict.RATE_LIMITED and self._open_slots > 0:
-                # A question that is alone keeps its plain backoff.
+            is_short = (failure.hint or 0.0) <= MAX_PACED_HINT
+            is_crowd = self._open_slots > 0  # a question that is alone keeps its plain backoff
+            if failure.verdict is Verdict.RATE_LIMITED and is_short and is_crowd:
                 self._meet_limit()
-                self._pace(candidate.row.name, scope).refuse(now, begun, failure.hint)
+                pace = self._pace(candidate.row.name, scope)
+                pace.refuse(now, begun, failure.hint, backoff)
 
             seen = self._seen.setdefault(candidate.row.name, ProviderHealth())
             seen.last_failure = self._wall_clock()
@@ -2467,7 +2491,8 @@ class Health:
         for mark in self._marks_of(slot.candidate):
             mark.probed_until = min(mark.probed_until, now)
         for pace in self._paces_of(slot.candidate):
-            pace.end(slot.is_begun)
+            if not slot.is_granted:
+                pace.end(slot.is_begun)
 
     def _forgive(self, candidate: Candidate, begun: float) -> None:
         """Forget the failures before a success that began at `begun`, not those since then."""
@@ -2529,7 +2554,8 @@ class Turn:
     attempts: int = 0  # used
     ready_at: float = -math.inf  # it is not asked before
     patience: float = 0.0  # how long the question waits for it although others are ready
-    place: int = 0  # the line is in the order of the places
+    turns: int = 0  # it has had, and lost its place with; who has had fewer comes before
+    place: int = 0  # among those who have had as many
     was_stale: bool = False  # it had a second attempt because a kept connection was closed
 
 
@@ -2597,7 +2623,7 @@ class Queue:
                 return None
             options = self._options(now)
             choice = first_choice(options, min(self._config.max_delay, time_left))
-            if choice is None or choice.wait >= time_left:
+            if choice is None or choice.wait > time_left - 0.001:
                 return None
             slot = None
             if not choice.is_held:
@@ -2652,6 +2678,7 @@ class Queue:
             turn.patience = due
         else:
             turn.patience = 0.0
+            turn.turns = turn.attempts
             turn.place = end
 
     def add(self, candidates: Iterable[Candidate]) -> None:
@@ -2670,7 +2697,8 @@ class Queue:
                 continue
             outlook = self._health.outlook(turn.candidate, now)
             is_later = outlook.is_later and turn.attempts == 0
-            ranked.append(((turn.place, is_later), self._option(turn, outlook, now)))
+            rank = (turn.turns, turn.place, is_later)
+            ranked.append((rank, self._option(turn, outlook, now)))
         ranked.sort(key=lambda pair: pair[0])
         return [option for _, option in ranked]
 
@@ -2981,8 +3009,9 @@ class Narrator:
     A line is told once, and the same error once for each model.
     """
 
-    def __init__(self, config: RetryConfig) -> None:
+    def __init__(self, config: RetryConfig, cancelled: threading.Event) -> None:
         self._config = config
+        self._cancelled = cancelled  # nobody listens any more
         self._told: Set[Tuple[str, str]] = set()
         self._provider = ""
         self._last: Optional[Candidate] = None
@@ -3000,22 +3029,21 @@ class Narrator:
 
     def waiting(self, step: Step) -> None:
         name = step.turn.candidate.row.name
-        if step.slot is None:
-            logger.debug("⏳ Waiting %.2fs for others to be answered by %s", step.wait, name)
-        elif step.turn.attempts:
-            logger.info("⏳ Waiting %.2fs before retry...", step.wait)
-        else:
-            logger.info("⏳ Waiting %.2fs: %s is rate-limited", step.wait, name)
+        if step.turn.attempts:
+            self._tell(f"⏳ Waiting {step.wait:.2f}s before retry...", again=True)
+        elif step.slot is not None:
+            self._tell(f"⏳ Waiting {step.wait:.2f}s: {name} is rate-limited", again=True)
 
     def answered(self, candidate: Candidate, trail: Trail) -> None:
         name = candidate.row.name
         number = trail.attempts[-1].number
-        logger.info("✅ Success with %s %s on attempt %d", name, candidate.model, number)
-        if trail.draft.skipped_events:
-            count = trail.draft.skipped_events
-            logger.warning("⚠️  the stream held %d malformed events, which were left out", count)
+        self._tell(f"✅ Success with {name} {candidate.model} on attempt {number}")
+        count = trail.draft.skipped_events
+        if count:
+            line = f"⚠️  malformed events in the stream, left out of the answer: {count}"
+            self._tell(line, logging.WARNING)
         if trail.draft.finish_reason == "length":
-            logger.warning(ANSWER_CUT)
+            self._tell(ANSWER_CUT, logging.WARNING)
 
     def failed(self, turn: Turn, failure: Failure, is_shown: bool) -> None:
         candidate = turn.candidate
@@ -3036,6 +3064,8 @@ class Narrator:
     def _tell(
         self, line: str, level: int = logging.INFO, model: str = "", again: bool = False
     ) -> None:
+        if self._cancelled.is_set():
+            return
         if again or (model, line) not in self._told:
             self._told.add((model, line))
             logger.log(level, "%s", line)
@@ -3272,7 +3302,7 @@ class Walk:
         self._is_live = is_live
         self._parts = parts
         self._config = config
-        self._narrator = Narrator(config)
+        self._narrator = Narrator(config, question.cancelled)
         self._begin()
 
     def _begin(self) -> None:
@@ -3347,7 +3377,10 @@ class Walk:
         try:
             with contextlib.closing(self._pieces(slot.candidate, draft, limit)) as pieces:
                 for piece in pieces:
-                    if self._is_live and piece:
+                    if piece and not slot.is_granted:
+                        room = room_in(draft.headers, draft.tokens)
+                        self._parts.health.granted(slot, begun, room)
+                    if piece and self._is_live:
                         limit.extend(self._deadline)  # it cannot be taken back
                         yield piece
             failure = draft.failure() or rejection(self._question.accept, draft.text)
@@ -3378,7 +3411,7 @@ class Walk:
         draft = self._trail.draft
         draft.finish_reason = self._parts.shown(draft.finish_reason)
         if failure is None:
-            self._parts.health.answered(slot, begun, room_in(draft.headers, draft.tokens))
+            self._parts.health.answered(slot, begun)
             self._trail.add(turn, None, begun)
             self._narrator.answered(slot.candidate, self._trail)
             return
@@ -3840,15 +3873,17 @@ class Console:
         if self._has_open_line and self._is_shared:
             self.put("\n")
         if self._drawn:
-            text = "\r" + " " * self._drawn + "\r" + text
+            self._write("\r" + " " * self._drawn + "\r")
             self._drawn = 0
         if self._is_plain:
             for sign, words in PLAIN_WORDS:
                 text = text.replace(sign, words)
             text = EMOJI.sub("", text)
+        self._write(text.translate(CONTROLS) + end)
+
+    def _write(self, text: str) -> None:
         try:
-            blank, _, message = text.rpartition("\r")
-            sys.stderr.write(blank + message.translate(CONTROLS) + end)
+            sys.stderr.write(text)
             sys.stderr.flush()
         except (OSError, ValueError, AttributeError):
             sys.stderr = cast(Any, None)  # it is full, closed or None
@@ -4409,7 +4444,8 @@ def check_provider(llm: FallbackLLM, row: Provider) -> Json:
         return {**report, "key": "missing", "reason": problem}
 
     try:
-        llm._parts.transport.get(row, row.key_path, key, math.inf)
+        if row.key_path != "/models":
+            llm._parts.transport.get(row, row.key_path, key, math.inf)
         listing = llm._parts.transport.get(row, "/models", key, math.inf)
     except Failure as failure:
         is_refused = failure.verdict is Verdict.DENIED
@@ -4645,7 +4681,7 @@ class Batch:
             raise UsageError(f"{flag}: a folder, not a file")
         if os.path.exists(self._args.batch) and os.path.realpath(self._args.batch) == path:
             raise UsageError(f"{flag}: these are the questions")
-        if os.path.exists(path) and not os.path.isfile(path):
+        if os.path.exists(self._args.output) and not os.path.isfile(self._args.output):
             raise UsageError(f"{flag}: not a regular file; leave -o out to write to stdout")
 
         old = opened("--output", path, "ab+")

@@ -87,11 +87,11 @@ def test_a_file_of_questions(run: Program, questions: Path, answers: Path) -> No
 
 @pytest.mark.parametrize("stdin", [False, True], ids=["from a file", "from stdin"])
 def test_answers_go_to_stdout(run: Program, questions: Path, stdin: bool) -> None:
-    """Without -o, stdout is JSONL; blank lines count for the ids, and odd bytes do no harm."""
+    """Without -o (or with "-o -") stdout is JSONL; blank lines count, odd bytes do no harm."""
     text = b"\xef\xbb\xbfone\r\n\n  caf\xe9\n \t\nlast"
     questions.write_bytes(text)
     run.emulator.plan("cerebras", Reply(text="a\u2028\x85\x1b[31m\nb"))
-    result = run("--batch", "-", "-q", stdin=text) if stdin else run(*BATCH, "-q")
+    result = run("--batch", "-", "-q", stdin=text) if stdin else run(*BATCH, "-o", "-", "-q")
     assert (result.code, result.stderr) == (0, "")
     done = {record["id"]: record["question"] for record in records(result.stdout)}
     assert done == {1: "one", 3: "caf\ufffd", 5: "last"}
@@ -312,6 +312,7 @@ def test_an_output_that_is_no_file(run: Program, questions: Path, path: str) -> 
         (["--batch", "missing.txt"], ["--batch", "missing.txt"]),
         ([*BATCH, "-o", "missing/answers.jsonl"], ["--output", "missing/answers.jsonl"]),
         ([*BATCH, "-o", "."], ["--output"]),
+        ([*BATCH, "-o", "missing/"], ["--output missing/"]),
         ([*BATCH, "--workers", "0"], ["--workers", "0", "whole number"]),
         ([*BATCH, "words"], ["--batch"]),
         ([*BATCH, "-o", "questions.txt"], ["questions.txt"]),
@@ -474,6 +475,16 @@ def test_ctrl_c_while_questions_wait(run: Program, answers: Path, retrying: list
     assert time.monotonic() - pressed_at < 2
     assert_nothing_is_asked_any_more(run)
     assert len(records(answers.read_text())) == 9
+
+
+def test_nothing_is_said_after_the_end(run: Program, questions: Path) -> None:
+    """Replies that come while the program ends are nobody's business any more."""
+    refusals = [Reply(429, delay=0.2 + number * 0.004) for number in range(60)]
+    long_answer = Reply(text="Paris." * 2000, delay=0.2)
+    run.plan(long_answer, *refusals)
+    result = run(*TO_FILE, "-q", "--workers", "40", command=[*LITTLE, *run.command])
+    assert result[:2] == (1, "")
+    assert re.fullmatch(r"error: .+\n", result.stderr)
 
 
 # --- Files of the user's ------------------------------------------------------------------------

@@ -459,6 +459,7 @@ def test_a_bad_value_is_refused(run: Program, flag: str, values: str, allowed: s
         (["q", "-model", "x"], ["-model", "did you mean --model"]),
         (["q", "-timeout=5"], ["-timeout", "did you mean --timeout"]),
         (["q", "-stream"], ["-stream", "did you mean --stream"]),
+        (["q", "-verison"], ["-verison", "did you mean --version"]),
         (["q", "--base-delay", "2", "--max-delay", "1"], [BELOW]),
         (["q", "--expect-json", "--stream"], ["--expect-json", "--stream"]),
         (["-"], ["no question given (stdin was empty)"]),
@@ -667,7 +668,7 @@ def test_a_dotenv_of_blanks(run: Program, blank: str) -> None:
     """A large .env does not keep it from answering; python-dotenv alone needs a minute."""
     for size in (60_000, 300_000):
         content = "A=b" + blank * (size // len(blank))
-        (run.folder / ".env").write_text(content, encoding="utf-8", newline="")
+        (run.folder / ".env").write_bytes(content.encode())
         started = time.monotonic()
         assert run("q", "-q") == (0, "Paris.\n", "")
         assert time.monotonic() - started < 15
@@ -864,6 +865,21 @@ def test_a_refused_key_is_told_although_another_provider_answers(run: Program) -
     result = run("q")
     assert (result.stdout, run.models) == ("Paris.\n", ["one", "two"])
     assert "CEREBRAS_API_KEY" in result.stderr
+
+
+def test_a_total_failure_is_told_once(run: Program) -> None:
+    """The same error of a model is not told for each of its attempts."""
+    run.plan(DOWN)
+    no_waits = ["--base-delay", "0", "--max-delay", "0"]
+    result = run("q", *no_waits, env=OWN_LISTS)
+    assert result[:2] == (1, "")
+    models = len(set(run.models))
+    assert len(run.models) == 5 * models
+    lines = result.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("❌ Error in ")]
+    assert len(errors) == models
+    others = [line for line in lines if line not in errors]
+    assert len(others) == len(set(others))
 
 
 def test_several_providers_keep_the_order_that_was_given(run: Program) -> None:

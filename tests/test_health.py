@@ -95,7 +95,7 @@ class Story:
             memory.now = begun
             slot = memory.take(model)
             memory.now = at
-            memory.health.answered(slot, begun, None)
+            memory.health.answered(slot, begun)
 
         self._chapters.append(happens)
         return self

@@ -42,11 +42,11 @@ def here(bare: Path, monkeypatch: pytest.MonkeyPatch, emulator: Emulator) -> Emu
     return emulator
 
 
-def program(config: RetryConfig = ONCE, silence: float = 60.0, **settings: Any) -> FallbackLLM:
-    """Cerebras with one model, ended by this silence, then Groq with one."""
+def program(config: RetryConfig = ONCE, idle_timeout: float = 60.0, **settings: Any) -> FallbackLLM:
+    """Cerebras with one model, with this idle timeout, then Groq with one."""
     cerebras, groq, _ = PROVIDERS
     rows = [
-        Provider("cerebras", cerebras.base_url, cerebras.key_env, ("m",), silence),
+        Provider("cerebras", cerebras.base_url, cerebras.key_env, ("m",), idle_timeout),
         Provider("groq", groq.base_url, groq.key_env, ("n",)),
     ]
     return FallbackLLM(config, providers=rows, **settings)
@@ -73,10 +73,10 @@ HALFWAY = ["stall", "reset-midway", "cut"]
 @pytest.mark.parametrize("fault", SPEECHLESS)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_fault_leads_to_the_next(here: Emulator, verb: Any, fault: str) -> None:
-    """At once, or after the silence of the row; it counts once."""
+    """At once, or after the idle timeout of the row; it counts once."""
     here.plan("cerebras", Reply(fault=fault))
     here.plan("groq", Reply(text="Paris."))
-    llm, started = program(silence=0.2), time.monotonic()
+    llm, started = program(idle_timeout=0.2), time.monotonic()
     assert verb(llm) == "Paris."
     assert time.monotonic() - started < 0.2 + SLACK
     assert trail(here) == [("cerebras", "m"), ("groq", "n")]
@@ -89,7 +89,7 @@ def test_half_an_answer_is_none(here: Emulator, verb: Any, fault: str) -> None:
     """Buffered, the next is asked; streamed, it has been shown and is told as broken."""
     here.plan("cerebras", Reply(text="Half an answer", fault=fault))
     here.plan("groq", Reply(text="Paris."))
-    llm = program(silence=0.5)
+    llm = program(idle_timeout=0.5)
     if verb is not streamed:
         assert verb(llm) == "Paris."
     else:
@@ -106,7 +106,7 @@ def test_half_an_answer_is_none(here: Emulator, verb: Any, fault: str) -> None:
 def test_an_error_whose_words_do_not_end(here: Emulator, fault: str) -> None:
     """Its status says enough."""
     here.plan("cerebras", Reply(401, fault=fault))
-    answer = program(silence=0.2).complete("Where?")
+    answer = program(idle_timeout=0.2).complete("Where?")
     assert (answer.provider, answer.attempts[0].status) == ("groq", 401)
 
 
@@ -152,10 +152,10 @@ def test_the_time_limit_holds_while_connecting(bare: Path) -> None:
 def test_a_slow_stream_that_makes_progress_is_no_silence(here: Emulator) -> None:
     """Each piece begins the silence anew; the caller's own pauses are no silence either."""
     here.plan("cerebras", Reply(text="Once upon a time", pieces=4, gap=0.2))
-    assert program(silence=0.5).complete("Where?").provider == "cerebras"
+    assert program(idle_timeout=0.5).complete("Where?").provider == "cerebras"
     here.plan("cerebras", Reply(text="Once upon a time", pieces=2, gap=0.1))
     pieces = []
-    for piece in program(silence=0.4).stream("Where?"):
+    for piece in program(idle_timeout=0.4).stream("Where?"):
         pieces.append(piece)
         time.sleep(0.5)
     assert "".join(pieces) == "Once upon a time"
@@ -190,7 +190,7 @@ def test_as_many_connections_as_threads(here: Emulator, caplog: pytest.LogCaptur
 def test_nothing_is_sent_again_in_secret(here: Emulator, fault: str) -> None:
     """The trail and the server count the same requests, on new connections and on kept ones."""
     here.plan("cerebras", Reply(), Reply(fault=fault), Reply(), Reply(fault=fault), Reply())
-    llm = program(silence=0.5)
+    llm = program(idle_timeout=0.5)
     trails = [llm.complete("Where?").attempts for _ in range(2)]
     told = [(attempt.provider, attempt.model) for each in trails for attempt in each]
     assert told == trail(here) == [("cerebras", "m"), ("cerebras", "m"), ("groq", "n")]

@@ -129,12 +129,13 @@ def test_how_long_an_exchange_may_go_on() -> None:
         (119.8, "cut", False),
         (119.9, "silent for 10 s", False),
         (124.98, "silent for 10 s", False),
-        (124.995, "no answer within the time limit", True),
-        (130.0, "no answer within the time limit", True),
+        (124.995, "no answer within .*time limit", True),
+        (130.0, "no answer within .*time limit", True),
     ):
         now[0] = at
         failure = limit.failure("cut")
-        assert (failure.reason, failure.is_blameless) == (reason, is_blameless)
+        assert re.fullmatch(reason, failure.reason)
+        assert failure.is_blameless == is_blameless
         assert limit.left() == max(0.0, 119.9 - at)
 
     now[0] = 121.0

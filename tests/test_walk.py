@@ -564,13 +564,7 @@ def test_the_documented_lines(caplog: pytest.LogCaptureFixture) -> None:
     ("script", "arguments", "first_line"),
     [
         pytest.param(every(UNSUITABLE), {}, "All providers and models failed", id="everybody"),
-        pytest.param(
-            every(DENIED),
-            {},
-            "No answer; asked: one (1 model), two (1 model); "
-            "not asked: one (1 model), two (1 model)",
-            id="a provider that was left",
-        ),
+        pytest.param(every(DENIED), {}, "All providers and models failed", id="every key"),
         pytest.param(
             every(UNSUITABLE),
             {"provider": "one"},
@@ -590,6 +584,18 @@ def test_an_error_begins_with_its_sum(script: Any, arguments: Any, first_line: s
     with pytest.raises(AllProvidersFailed) as caught:
         World(script).llm.complete("Where?", **arguments)
     assert str(caught.value).splitlines()[0] == first_line
+
+
+def test_an_error_tells_who_was_not_asked() -> None:
+    """Because an earlier question was told to leave it alone."""
+    world = World({"a": [limited(999)], "b": [UNSUITABLE]})
+    for first_line in (
+        "No answer; asked: one (2 models); not chosen: two",
+        "No answer; asked: one (1 model); not asked: one (1 model); not chosen: two",
+    ):
+        with pytest.raises(AllProvidersFailed) as caught:
+            world.llm.complete("Where?", provider="one")
+        assert str(caught.value).splitlines()[0] == first_line
 
 
 def test_an_error_has_a_line_for_each_provider() -> None:
