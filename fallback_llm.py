@@ -2156,15 +2156,16 @@ class Mark:
     probed_until: float = -math.inf  # somebody is trying it: the others ask it last until then
 
 
-OPENING = 16  # requests under way to a model of which nothing is known; more with each answer
+OPENING = 32  # requests under way to a model of which nothing is known; more with each answer
 CAREFUL_OPENING = 2  # the same once a rate limit was met anywhere
 HOLD = 0.05  # seconds after which a question that was held back looks again, at the soonest
-UNUSED_SLOTS = 4  # slots that nobody took are kept for later, as in a token bucket
+ENOUGH = 3  # answers in a row, and several requests may be under way again
 LATENCY_GUESS = 0.5  # seconds that a request takes, before the first answer
 MARGIN = 1.05  # the measured gap is widened by this, so that the next refusal is far away
 MAX_GROWTH = 10.0  # a gap grows at most by this factor at a time
 EASING = 0.002  # an answer shortens the gap by this share ...
 EASING_DOUBLES = 12  # ... which doubles after so many answers without a refusal
+WIDEST = 4  # times the first backoff, or twice a hint: no gap is wider
 MAX_PROBE_GAP = 20.0  # seconds between two probes of a model that refuses everything
 MAX_PACED_HINT = 120.0  # seconds; a longer hint is about an hour or a day, not about the pace
 
@@ -2186,6 +2187,7 @@ class Pace:
         self._window = float(OPENING)  # requests that may be under way while no limit is known
         self._under_way = 0  # slots that are taken, and of these
         self._sent = 0  # the requests that have no reply yet
+        self._room = math.inf  # requests that the server has room for, as it said last
         self._latency = 0.0  # seconds that the last answer took
         self._measured_from = math.nan  # when the quota had ended before, or the first request
         self._granted = 0  # since then
@@ -2209,7 +2211,7 @@ class Pace:
 
     def hold(self) -> float:
         """Seconds after which there may be room for another request."""
-        return max(HOLD, self._latency / 2)
+        return max(HOLD, self._latency / 2) if self._is_careful else HOLD
 
     def be_careful(self) -> None:
         """A rate limit was met somewhere: this one may have one too."""
@@ -2225,8 +2227,7 @@ class Pace:
             gap = self._gap
             if self._is_rough:  # one request at a time
                 gap = max(gap, LATENCY_GUESS if self._latency == 0 else self._latency)
-            earliest = at - UNUSED_SLOTS * gap
-            self._slot_at = max(self._slot_at, earliest) + gap
+            self._slot_at = max(self._slot_at, at) + gap
 
     def begin(self) -> None:
         """A request is sent."""
@@ -2238,20 +2239,31 @@ class Pace:
         if was_sent:
             self._sent = max(0, self._sent - 1)
 
-    def grant(self, begun: float, now: float, room: Optional[int]) -> None:
-        """A request was answered. room: how many more the server says there is room for."""
+    def grant(self, begun: float, now: float, room: Optional[int]) -> bool:
+        """A request was answered; whether the server has said that its quota is nearly used up.
+
+        room: how many more requests it has room for, as far as it says so.
+        """
         self._refusals = 0
         self._latency = now - begun
         if begun >= self.refused_at:
             self._granted += 1
+        if self._granted >= ENOUGH:
+            self._is_rough = False
         if self._gap:
             self._gap *= 1 - min(0.1, EASING * 2 ** (self._granted / EASING_DOUBLES))
-            return
+            return False
 
         # It doubles with each round of answers, or grows by one when it must be careful.
         self._window += 1 / self._window if self._is_careful else 1
-        if room is not None:
-            self._window = max(1, min(self._window, room))
+        if room is None:
+            return False
+        is_falling = room < self._room < math.inf  # some servers always say the same
+        self._room = room
+        if not is_falling or room >= self._window:
+            return False
+        self._window = max(1, room)
+        return True
 
     def refuse(
         self, now: float, begun: float, hint: Optional[float], backoff: Callable[[int], float]
@@ -2269,17 +2281,19 @@ class Pace:
         self.refused_at = now
         self._refusals += 1
         if granted > 0:
-            self._measure(now + (hint or 0.0), granted)
+            # Refusals that have nothing to do with the pace must not widen it for ever.
+            widest = max(WIDEST * backoff(1), 2 * (hint or 0.0))
+            self._measure(now + (hint or 0.0), granted, widest)
         pause = hint or 0.0
         if hint is None and self._refusals > 1:
             pause = min(MAX_PROBE_GAP, backoff(self._refusals - 1))
         self._slot_at = now + max(self._gap, pause)
 
-    def _measure(self, begins_again: float, granted: int) -> None:
+    def _measure(self, begins_again: float, granted: int, widest: float) -> None:
         """Learn the gap at the end of a quota, which begins again when the hint ends."""
         self._span = begins_again - self._measured_from
         self._is_rough = self._gap == 0
-        self._most = math.inf if self._is_rough else MAX_GROWTH * self._gap
+        self._most = widest if self._is_rough else min(widest, MAX_GROWTH * self._gap)
         self._spent = granted
         self._set_gap()
         self._measured_from = begins_again
@@ -2390,8 +2404,9 @@ class Health:
         with self.lock:
             slot.is_granted = True
             for pace in self._paces_of(slot.candidate):
-                pace.grant(begun, self._clock(), room)
                 pace.end(was_sent=True)
+                if pace.grant(begun, self._clock(), room):
+                    self._meet_limit()
 
     def answered(self, slot: Slot, begun: float) -> None:
         """A request that began at `begun` was answered."""
