@@ -401,6 +401,11 @@ def is_loopback(url: str) -> bool:
     return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
 
 
+def is_clear_text(url: str) -> bool:
+    """Whether a key would travel over the network in clear text."""
+    return url.startswith("http://") and not is_loopback(url)
+
+
 def base_url(row: Provider) -> str:
     """The address of a provider: from the environment (GROQ_BASE_URL), or else from its row.
 
@@ -410,10 +415,7 @@ def base_url(row: Provider) -> str:
     name = row.variable("BASE_URL")
     url = (stripped(os.environ.get(name)) or row.base_url).rstrip("/")
     address = re.fullmatch(r"(https?)://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[^\s?#@]*)?", url)
-    is_safe = address is not None and (
-        address.group(1) == "https" or is_loopback(url) or row.key_env is None
-    )
-    if address is None or not is_safe:
+    if address is None or (is_clear_text(url) and row.key_env is not None):
         # A password or a key may be part of the address.
         shown = re.sub(r"//.*@|[?#].*", "//...", url)[:200]
         allowed = "https://..., or http:// to this machine or for a provider without a key"
@@ -1577,9 +1579,9 @@ class TimeLimit:
         """Something came that brings the answer nearer: the idle timeout begins anew."""
         self._idle_until = self._clock() + self._idle_timeout
 
-    def allow_upload(self, size: int) -> None:
-        """Wait longer for the first sign of life after a large upload."""
-        self._idle_until += size / SLOWEST_UPLOAD
+    def postpone(self, seconds: float) -> None:
+        """Put off the idle timeout: this time is not the server's."""
+        self._idle_until += seconds
 
     def settle(self, grace: float) -> None:
         """All that matters has come: give the rest of the body this time."""
@@ -1917,7 +1919,7 @@ class Transport:
         self, row: Provider, key: str, body: bytes, draft: Draft, limit: TimeLimit
     ) -> Generator[str, None, None]:
         """Send a question; the text of the draft comes out as it comes in. Raises Failure."""
-        limit.allow_upload(len(body))
+        limit.postpone(len(body) / SLOWEST_UPLOAD)
         with contextlib.closing(
             self._open("POST", row, "/chat/completions", key, body, limit)
         ) as reply:
@@ -1928,9 +1930,11 @@ class Transport:
 
             for event in events_in(reply.chunks()):
                 text = self._take(event, draft, reply)
+                note_progress(draft, limit)
                 if text:
+                    given = self._clock()
                     yield text
-                note_progress(draft, limit, has_text=bool(text))
+                    limit.postpone(self._clock() - given)  # the caller's own time
             yield draft.end()
 
     def get(self, row: Provider, path: str, key: str, deadline: float) -> Json:
@@ -2041,13 +2045,13 @@ class Transport:
         return dict(proxies)
 
 
-def note_progress(draft: Draft, limit: TimeLimit, has_text: bool) -> None:
+def note_progress(draft: Draft, limit: TimeLimit) -> None:
     """Tell the time limit what the latest event of a draft means."""
     if draft.is_done:
         limit.finish()
     elif draft.is_settled and draft.is_progress:
         limit.settle(USAGE_GRACE)
-    elif draft.is_progress or has_text:  # a caller may have taken its time over the text
+    elif draft.is_progress:
         limit.is_settled = False
         limit.progress()
 
@@ -2072,12 +2076,14 @@ def network_failure(error: Exception, url: str, limit: TimeLimit) -> Failure:
     from requests.exceptions import ConnectTimeout, ProxyError, ReadTimeout, SSLError
 
     causes = causes_of(error)
-    closed = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError, HTTPException)
+    closed = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
     if not isinstance(error, (ConnectTimeout, SSLError, ProxyError)):
         if any(isinstance(cause, closed) for cause in causes):
             failure = limit.failure("the connection was closed without a reply")
             failure.is_stale = limit.is_reused
             return failure
+        if any(isinstance(cause, HTTPException) for cause in causes):
+            return limit.failure("the reply is not HTTP")
         if isinstance(error, ReadTimeout) or "Read timed out" in str(error)[:1000]:
             return limit.failure("no reply came in time")
 
@@ -2109,7 +2115,7 @@ def unreachable_because(causes: Sequence[BaseException], host: str) -> Tuple[str
         advice = "check the clock, REQUESTS_CA_BUNDLE and HTTPS_PROXY"
         return f"no secure connection to {host} ({detail})", advice
 
-    via = "the proxy" if "annot connect to proxy" in text else host
+    via = "the proxy" if "connect to proxy" in text else host
     return f"cannot reach {via} ({connect_problem(causes)})", "check the network or HTTPS_PROXY"
 
 
@@ -2728,10 +2734,14 @@ class Queue:
             if outlook.is_well:
                 patience = slot_wait
             return Option(turn, slot_wait, patience, is_held=True)
-        if slot_wait > self._config.max_delay >= wait:
-            # Our own pacing is no reason to give up.
-            return Option(turn, self._config.max_delay, patience, is_held=True)
-        return Option(turn, max(wait, slot_wait), patience)
+        # Our own pacing is no reason to give up: look again, and ask before it is too late.
+        time_left = self.deadline - now
+        longest = min(self._config.max_delay, time_left / 2)
+        if slot_wait <= longest or slot_wait <= wait:
+            return Option(turn, max(wait, slot_wait), patience)
+        if wait <= longest and time_left > MIN_SHARE:
+            return Option(turn, longest, patience, is_held=True)
+        return Option(turn, wait, patience)
 
 
 # --- 8. FallbackLLM: the public methods and the walk --------------------------------------------
@@ -2862,7 +2872,11 @@ class Roster:
         for name, given in api_keys.items():
             if given is not None and not isinstance(given, str):
                 raise ValueError(f"api_keys[{name!r}] must be text, not {type(given).__name__}")
-            self.api_keys[self.rows(name)[0].name] = given
+            row = self.rows(name)[0]
+            self.api_keys[row.name] = given
+            if self.key(row) and is_clear_text(row.base_url):
+                name = row.variable("BASE_URL")
+                raise ValueError(f"{name} must be https://... for a provider with a key")
 
     def given_keys(self) -> Dict[str, Optional[str]]:
         """The keys that do not come from the environment."""
@@ -2882,6 +2896,8 @@ class Roster:
         if not key and row.key_env is None:
             return ""
         name = row.key_env or f"the key of {row.name}"
+        if key and is_clear_text(row.base_url):
+            return f"{name} would go to {row.base_url} in clear text"
         if key and re.fullmatch("[!-~]+", key):
             return ""
         if key:
@@ -3433,6 +3449,8 @@ class Walk:
 
         failure.reason = self._parts.shown(failure.reason)
         failure.summary = self._parts.shown(failure.summary)
+        if not slot.is_granted and draft.status not in (None, 429):
+            self._parts.health.granted(slot, begun, None)  # no quota has refused it
         self._parts.health.failed(slot, begun, failure, self._config.backoff)
         self._trail.add(turn, failure, begun)
         self._narrator.failed(turn, failure, is_shown=self._trail.is_shown)
@@ -3522,7 +3540,7 @@ class Walk:
         }
         for mark, word in words.items():
             advice = advice.replace(mark, word)
-        return self._parts.shown(advice)
+        return self._parts.shown(advice).rstrip(": ")
 
 
 class FallbackLLM:
