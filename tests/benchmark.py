@@ -1,7 +1,8 @@
 """How quick fallback_llm is, as ratios to what its user would write with requests.
 
-    python tests/benchmark.py                  # one table, in Markdown; some minutes
+    python tests/benchmark.py                  # all tables, in Markdown; many minutes
     python tests/benchmark.py --quick warm     # a tenth of the rounds, one section
+    python tests/benchmark.py quota failures   # how quotas are used; what becomes of faults
 
 Program and yardstick take turns (A B A B) in one run; a figure is the median of the rounds, with
 the minimum and the maximum. The server is a process of its own on loopback. The last column has
@@ -468,7 +469,7 @@ def memory(bench: Bench) -> Iterator[Row]:
         yield Row(f"growth over {count} {what}", [growth(ask, count)], "0.5", "tracemalloc", "MB")
 
 
-def faults(bench: Bench) -> Iterator[Row]:
+def fallback(bench: Bench) -> Iterator[Row]:
     """A new object each time: its first provider fails, the second one answers."""
     import requests
 
@@ -505,7 +506,30 @@ def waits(bench: Bench) -> Iterator[Row]:
         yield Row(f"requests inside a Retry-After, 50 questions, {what}", [early], "0")
 
 
-SECTIONS = {f.__name__: f for f in (start, question, warm, threads, pieces, memory, faults, waits)}
+SECTIONS = {
+    f.__name__: f for f in (start, question, warm, threads, pieces, memory, fallback, waits)
+}
+
+
+# --- Tables of their own: see quota.py and faults.py ----------------------------------------------
+
+
+def quota(quick: bool) -> Iterator[str]:
+    """How well a batch uses rate-limited quotas, beside the peers that are installed."""
+    from quota import BASE, OURS, table
+
+    yield from table([BASE], list(OURS), [8, 32, 128], 200 if quick else 1000, has_peers=True)
+
+
+def failures(quick: bool) -> Iterator[str]:
+    """What becomes of 23 faults, in each client that is installed."""
+    from faults import installed, measure, table
+
+    clients = installed()[:1] if quick else installed()
+    yield from table([measure(name) for name in clients])
+
+
+TABLES = {f.__name__: f for f in (quota, failures)}
 
 
 def peer(name: str, measure: str, bench: Bench) -> str:
@@ -549,16 +573,30 @@ def table(sections: Sequence[str], quick: bool) -> Iterator[Sequence[str]]:
         shutil.copy(str(HERE.parent.parent / PROGRAM), folder)
         sys.path.insert(0, folder)
         os.chdir(folder)
-        for name in sections or SECTIONS:
+        for name in sections:
             print(f"benchmark: {name} ...", file=sys.stderr)
             for row in SECTIONS[name](Bench(port, quick)):
                 yield row.cells()
 
 
+def lines(names: Sequence[str], quick: bool) -> Iterator[str]:
+    """All that is printed for these sections and tables."""
+    sections = [name for name in names if name in SECTIONS]
+    if sections:
+        for cells in table(sections, quick):
+            yield f"| {' | '.join(cells)} |"
+    for name in names:
+        if name in TABLES:
+            print(f"benchmark: {name} ...", file=sys.stderr)
+            yield ""
+            yield from TABLES[name](quick)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures fallback_llm beside requests.")
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds")
-    parser.add_argument("sections", nargs="*", help=f"some of: {', '.join(SECTIONS)}")
+    names = [*SECTIONS, *TABLES]
+    parser.add_argument("sections", nargs="*", help=f"some of: {', '.join(names)}")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--peer", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -571,8 +609,11 @@ def main() -> None:
     logging.getLogger("fallback_llm").addHandler(logging.NullHandler())
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
     print(f"Python {platform.python_version()}, {machine}, {time.strftime('%Y-%m-%d')}\n")
-    for cells in table(args.sections, args.quick):
-        print(f"| {' | '.join(cells)} |", flush=True)
+    unknown = set(args.sections).difference(names)
+    if unknown:
+        parser.error(f"unknown section: {', '.join(sorted(unknown))}")
+    for line in lines(args.sections or names, args.quick):
+        print(line, flush=True)
     return None
 
 

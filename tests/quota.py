@@ -22,7 +22,6 @@ import contextlib
 import heapq
 import importlib
 import importlib.util
-import itertools
 import json
 import logging
 import os
@@ -361,6 +360,25 @@ def results(
                 yield measure(name, client, count, questions)
 
 
+def table(
+    scenarios: Sequence[str],
+    clients: Sequence[str],
+    threads: Sequence[int],
+    questions: int,
+    has_peers: bool,
+) -> Iterator[str]:
+    """The lines of the table, in Markdown; the peers that are installed come last."""
+    logging.getLogger("fallback_llm").addHandler(logging.NullHandler())
+    yield f"| {' | '.join(HEADINGS)} |"
+    yield f"|{'---|' * len(HEADINGS)}"
+    for result in results(scenarios, clients, threads, questions):
+        yield f"| {' | '.join(result.cells())} |"
+
+    peers = [name for name in PEERS if has_peers and importlib.util.find_spec(name)]
+    for result in results(scenarios[:1], peers, [PEER_THREADS], questions):
+        yield f"| {' | '.join(result.cells())} |"
+
+
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -379,17 +397,10 @@ def main() -> None:
         return serve(args.serve, args.threads[0])
     clients = ["waits", "does not wait"] if args.no_wait else ["waits"]
     scenarios = args.scenario or (list(SCENARIOS) if args.variants else [BASE])
-    peers = [name for name in PEERS if args.peers and importlib.util.find_spec(name)]
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
     print(f"Python {platform.python_version()}, {machine}, {time.strftime('%Y-%m-%d')}\n")
-    print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
-    logging.getLogger("fallback_llm").addHandler(logging.NullHandler())
-    runs = itertools.chain(
-        results(scenarios, clients, args.threads, args.questions),
-        results(args.scenario or [BASE], peers, [PEER_THREADS], args.questions),
-    )
-    for result in runs:
-        print(f"| {' | '.join(result.cells())} |", flush=True)
+    for line in table(scenarios, clients, args.threads, args.questions, args.peers):
+        print(line, flush=True)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -373,8 +374,18 @@ def test_plain_http_to_a_server_in_the_house(bare: Path, url: str) -> None:
 def test_plain_http_with_a_key_goes_nowhere(bare: Path, key_env: Optional[str]) -> None:
     """Wrong usage, also where the row needs no key but was given one."""
     row = Provider("house", "http://llama:8080/v1", key_env, ("m",))
-    with pytest.raises(ValueError, match="HOUSE_BASE_URL"):
+    with pytest.raises(ValueError, match=r"(?i)house.* must be https://"):
         World(providers=[row], api_keys={"house": "k-11111111"})
+
+
+def test_plain_http_with_a_key_that_comes_later(bare: Path) -> None:
+    """A key that is set afterwards stays here as well."""
+    world = World(providers=[Provider("house", "http://llama:8080/v1", None, ("m",))])
+    world.llm.api_keys["house"] = "k-11111111"
+    with contextlib.suppress(ValueError, FallbackLLMError):
+        world.llm.complete("Where?")
+    sent = [request.headers.get("Authorization") for request in world.server.asked]
+    assert "Bearer k-11111111" not in sent
 
 
 # --- Many questions -----------------------------------------------------------------------------
