@@ -416,6 +416,7 @@ def cell(client: Client, mode: str, fault: Fault) -> Cell:
             first = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         emulator.plan(f"{DIALECT}/first", *replies)
         emulator.plan(f"{DIALECT}/second", Reply(text=ANSWER))
+        emulator.plan(f"{DIALECT}/models", Reply(body={"data": []}))  # no other model would do
         endpoints = [Endpoint(first + PATH, "first"), Endpoint(emulator.url + PATH, "second")]
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
