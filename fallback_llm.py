@@ -2185,8 +2185,9 @@ class Pace:
     by the requests granted in between. A refusal counts once for all requests that were under way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_account: bool) -> None:
         self.refused_at = -math.inf  # the last refusal that counted
+        self._is_account = is_account  # it has slots when its limit is known, but no window
         self._gap = 0.0  # seconds between two requests; 0: no limit is known
         self._slot_at = -math.inf  # the next free slot
         self._is_careful = False
@@ -2207,17 +2208,16 @@ class Pace:
         """When the next request can be sent."""
         if self._gap:
             return max(now, self._slot_at)
-        if self._under_way >= self._window:
-            return now + self.hold()
+        if self.is_full():
+            # There may be room for another request then.
+            return now + (max(HOLD, self._latency / 2) if self._is_careful else HOLD)
         return now
 
     def is_full(self) -> bool:
         """Whether enough requests are under way for the little that is known."""
-        return self._gap == 0 and self._under_way >= self._window
-
-    def hold(self) -> float:
-        """Seconds after which there may be room for another request."""
-        return max(HOLD, self._latency / 2) if self._is_careful else HOLD
+        if self._gap or self._is_account:
+            return False
+        return self._under_way >= self._window
 
     def be_careful(self) -> None:
         """A rate limit was met somewhere: this one may have one too."""
@@ -2266,7 +2266,7 @@ class Pace:
             return False
         is_falling = room < self._room < math.inf  # some servers always say the same
         self._room = room
-        if not is_falling or room >= self._window:
+        if self._is_account or not is_falling or room >= self._window:
             return False
         self._window = max(1, room)
         return True
@@ -2492,7 +2492,7 @@ class Health:
 
     def _pace(self, name: str, model: str) -> Pace:
         if (name, model) not in self._paces:
-            pace = Pace()
+            pace = Pace(is_account=model == "")
             if self._limit_was_met:
                 pace.be_careful()
             self._paces[name, model] = pace
