@@ -5,8 +5,8 @@
 # ///
 """Ask a language model, and get an answer even when providers fail.
 
-A question walks through candidates, which are (provider, model) pairs in a line, until one of
-them gives a whole, non-empty answer:
+Each question works its way along a queue of candidates, which are (provider, model) pairs,
+until one of them gives a complete, non-empty answer:
 
     cerebras m1 ─┬─ a whole answer ──────────► done
                  ├─ 429, short wait ─────────► wait, then ask m1 again
@@ -25,7 +25,7 @@ The file reads from top to bottom; each section uses only the sections above it:
     4  wire format          request bodies, server-sent events, the answer being put together
     5  Transport            one HTTP exchange within its time limits
     6  Health               what is known of providers and models across questions
-    7  Queue                the candidates of one question: who is next, and how long to wait
+    7  Queue                one question's candidates: which is next, and how long to wait
     8  FallbackLLM          the public methods and the walk
     9  command line         options, output, one function per command
     10 Batch                many questions from a file to a file
@@ -148,7 +148,7 @@ NUMBER_RULES = {
 
 
 def check_number(name: str, value: object) -> None:
-    """Raise ValueError, with the name and what is allowed, unless the number obeys its rule."""
+    """Raise ValueError, naming the parameter and its limits, if the value breaks its rule."""
     rule = NUMBER_RULES[name]
     is_number = isinstance(value, (int, rule.kind)) and not isinstance(value, bool)
 
@@ -164,10 +164,10 @@ def number_of(value: float) -> str:
 
 @dataclasses.dataclass
 class RetryConfig:
-    """How often a model is asked, and how many seconds pass in between.
+    """How many times a model is asked, and how long to wait in between.
 
     After the n-th failure the wait is min(max_delay, base_delay * exponential_base ** (n - 1)),
-    or what the server asks for if that is longer. Raises ValueError for values that make no sense.
+    or as long as the server asks for, if that is longer. Raises ValueError for invalid values.
     """
 
     max_attempts: int = 5  # requests to one model in one question, the first included
@@ -195,7 +195,7 @@ class RetryConfig:
 class Provider:
     """One row of PROVIDERS: an endpoint that speaks the chat completions API.
 
-    Raises ValueError for a row that makes no sense.
+    Raises ValueError for an invalid row.
     """
 
     name: str  # in lower case
@@ -236,7 +236,7 @@ class Provider:
 THINK_LITTLE: Json = {"reasoning_effort": "low"}
 THINK_NOT: Json = {"reasoning_effort": "none"}
 
-# The ids are those of October 2026. When all models of a row are gone, its own list is asked for.
+# Model ids as of October 2026. If all of a row's models are gone, the provider's list is fetched.
 PROVIDERS: Tuple[Provider, ...] = (
     Provider(
         name="cerebras",
@@ -278,12 +278,12 @@ MAX_ENV_FILE = 65536  # bytes; python-dotenv needs minutes for a larger file of 
 
 
 def stripped(value: Optional[str]) -> str:
-    """The value without the white space and quotes that were pasted along with it."""
+    """The value without any whitespace or quotation marks pasted around it."""
     return (value or "").strip(" \t\r\n\"'")
 
 
 def is_placeholder(value: str) -> bool:
-    """Whether this is an example's text in place of a key, such as your_api_key_here."""
+    """Whether this is placeholder text rather than a key, such as your_api_key_here."""
     text = value.lower()
     if text in ("todo", "none", "null", "changeme", "change-me", "change_me", "replaceme"):
         return True
@@ -369,7 +369,7 @@ class Settings:
 
 
 def env_files() -> List[str]:
-    """The .env files that are read, the most important first."""
+    """The paths of the .env files to read, in order of precedence."""
     beside_this_file = os.path.dirname(globals().get("__file__", ""))
     home = os.path.expanduser("~")
     configuration = os.environ.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
@@ -409,8 +409,8 @@ def is_clear_text(url: str) -> bool:
 def base_url(row: Provider) -> str:
     """The address of a provider: from the environment (GROQ_BASE_URL), or else from its row.
 
-    An address without a path gets the path of the row. Raises ValueError for an address to which a
-    key would travel in clear text, and for what is no address.
+    An address without a path gets the path of the row. Raises ValueError if the address is invalid
+    or if a key would be sent to it in clear text.
     """
     name = row.variable("BASE_URL")
     url = (stripped(os.environ.get(name)) or row.base_url).rstrip("/")
@@ -512,7 +512,7 @@ class Answer:
 #  ├── AllProvidersFailed   nobody is left in the line, or the time is up
 #  ├── AnswerRefused        a provider refuses the question itself
 #  └── StreamInterrupted    a stream broke after its first text
-# Mistakes of the caller are ValueError, and nothing was sent either.
+# A mistake by the caller raises ValueError; nothing has been sent in that case either.
 
 
 class FallbackLLMError(Exception):
@@ -630,7 +630,7 @@ GONE = Ruling(Verdict.GONE)
 DENIED = Ruling(Verdict.DENIED, reaches_provider=True)
 REFUSED = Ruling(Verdict.REFUSED)
 
-# Codes that say one thing only, with * for anything; the first line that fits decides.
+# Unambiguous error codes; * matches anything, and the first line that matches decides.
 # rate_limit_exceeded, invalid_request_error, tokens and requests are on no line: the providers
 # put them on both temporary and permanent failures.
 CODES: Sequence[Tuple[Ruling, str]] = (
@@ -652,13 +652,13 @@ CODES: Sequence[Tuple[Ruling, str]] = (
     (UNSUITABLE, "unprocessable invalid_request invalid_prompt unsupported_* wrong_*"),
 )
 
-# Codes that only say that something broke, such as json_validate_failed for what a model wrote. A
-# status that says more is heard before them: a 429 with the type server_error is a rate limit.
+# Codes that say only that something broke, such as json_validate_failed for a model's output. A
+# more specific status overrides them: a 429 with the type server_error is a rate limit.
 BROKEN_CODES = "server server_error internal_server_error timeout overloaded *_overloaded"
 BROKEN_CODES += " unavailable *_unavailable *_failed"
 
-# Narrow words of the message, with … for at most 120 other characters; the first line that fits
-# decides. What is permanent stands before what passes.
+# Specific phrases in the message; … stands for up to 120 other characters. The first line that
+# matches decides. Permanent conditions come before temporary ones.
 PHRASES: Sequence[Tuple[Ruling, Sequence[str]]] = (
     (
         UNSUITABLE,
@@ -694,7 +694,7 @@ PHRASES: Sequence[Tuple[Ruling, Sequence[str]]] = (
     (GONE, ["is not a valid model id", "no endpoints found for"]),
 )
 
-# A model that is not to be had: one of the first words, then one of the second.
+# An unavailable model: one of the nouns, followed by one of the endings.
 MODEL_NOUNS = ["model ", "models "]
 MODEL_ENDS = ["does not exist", "not found", "not be found", "no longer", "retired", "archived"]
 MODEL_ENDS += ["decommissioned", "deprecated", "discontinued", "unavailable for free"]
@@ -706,8 +706,8 @@ ACCOUNT_NOUNS += ["key ", "payment", "card ", "ip ", "ip, ", "address", "token "
 ACCOUNT_ENDS = ["restricted", "suspended", "flagged", "deactivated", "banned", "disabled"]
 ACCOUNT_ENDS += ["blocked", "terminated", "violat"]
 
-# A refusal is about what was asked: one of the first words, then one of the second; or it names a
-# policy and says what was done, and no account.
+# A refusal concerns the input: one of the nouns is followed by one of the endings, or a policy
+# is named along with what was done. Messages about an account were sorted out before.
 INPUT_NOUNS = ["input ", "prompt ", "content ", "message ", "text ", "question ", "query "]
 INPUT_ENDS = ["flagged", "blocked by", "violates our", "violates the content", "not allowed by our"]
 POLICIES = ["content polic", "content management polic", "content safety polic", "moderation"]
@@ -959,8 +959,8 @@ def pair_pattern(nouns: Tuple[str, ...], ends: Tuple[str, ...]) -> Pattern[str]:
 def ruling_by_status(code: int, report: ErrorReport, is_json: bool) -> Ruling:
     """The ruling of the status, 0 for an error inside a 200 that carries none.
 
-    When in doubt a failure is about this model only: to ask the provider's next model costs a
-    moment, to leave the provider costs all its models.
+    When in doubt, blame only this model: asking the provider's next model costs a moment,
+    whereas dropping the provider costs all of its models.
     """
     message = report.message.lower()
     words = " ".join([message, *report.codes])
@@ -1051,7 +1051,7 @@ def hint_of(
 def possible_hints(
     report: ErrorReport, headers: Mapping[str, str], now: float, is_limit: bool
 ) -> Iterator[float]:
-    """All that may be a hint, from the most exact source to the least; NaN for what is none."""
+    """Every possible hint, from the most exact source to the least; NaN where there is none."""
     yield to_number(headers.get("retry-after-ms")) / 1000
 
     server_time = to_epoch(headers.get("date"))
@@ -1147,7 +1147,7 @@ def is_blank(text: str) -> bool:
 def conversation(
     question: Optional[str], system: Optional[str], messages: Optional[Sequence[Json]]
 ) -> List[Json]:
-    """The messages to be sent. Raises ValueError for what cannot be meant."""
+    """The messages to send. Raises ValueError for an empty or malformed question."""
     for name, text in (("question", question), ("system", system)):
         if text is not None and not isinstance(text, str):
             raise ValueError(f"the {name} must be text, not {text!r:.60}")
@@ -1276,8 +1276,8 @@ def without_fields(block: str) -> str:
 class ThinkingFilter:
     """Removes <think>…</think> from the start of an answer, however the text is cut.
 
-    It also holds back what comes before the first visible character, so that a live stream shows
-    nothing of an answer that turns out to be empty.
+    It also holds back everything before the first visible character, so that a live stream
+    shows nothing if the answer turns out to be empty.
     """
 
     def __init__(self) -> None:
@@ -1353,8 +1353,8 @@ def is_moderation_model(name: str) -> bool:
 class Draft:
     """An answer being put together from the events of one reply.
 
-    `take` gives the text of an event as it comes. After the last one, `failure` says why the whole
-    is no answer. A draft that is live is shown while it grows, and cannot be taken back.
+    `take` returns the text of each event. After the last one, `failure` says why the result is not
+    an answer, if it is not. A live draft is shown as it grows and cannot be taken back.
     """
 
     def __init__(self, model: str, is_live: bool) -> None:
@@ -1576,7 +1576,7 @@ class TimeLimit:
         return max(0.0, min(self._deadline, self._idle_until) - self._clock())
 
     def progress(self) -> None:
-        """Something came that brings the answer nearer: the idle timeout begins anew."""
+        """The answer has made progress: restart the idle timeout."""
         self._idle_until = self._clock() + self._idle_timeout
 
     def postpone(self, seconds: float) -> None:
@@ -1589,7 +1589,7 @@ class TimeLimit:
         self._idle_until = self._clock() + min(grace, self._idle_timeout)
 
     def finish(self) -> None:
-        """The end was said: what else comes, however much, gets a moment once."""
+        """The end marker has come: allow the rest of the body one short grace period."""
         if not self._is_finished:
             self._is_finished = True
             self.settle(END_GRACE)
@@ -1686,7 +1686,7 @@ class BoundedStream(io.RawIOBase):
 
 
 class BoundedResponse:
-    """Goes before http.client.HTTPResponse: all that it reads is bounded."""
+    """A mixin for http.client.HTTPResponse that puts a time limit on every read."""
 
     limits: threading.local
 
@@ -1705,7 +1705,7 @@ class BoundedResponse:
 
 
 class BoundedConnection:
-    """Goes before urllib3's connections: connecting and sending are bounded."""
+    """A mixin for urllib3's connections that puts time limits on connecting and sending."""
 
     limits: threading.local
 
@@ -1765,8 +1765,8 @@ def bounded_session(current_limits: threading.local) -> requests.Session:
     """A session whose every socket operation obeys `current`, this thread's TimeLimit.
 
     The timeouts of requests hold for one recv at a time, so a dripped header, a dripped chunk
-    size or endless trailers would outlive any limit. Here the one place through which all bytes
-    come asks the limit before each recv. The classes override attributes that http.client and
+    size or endless trailers would outlive any limit. Here all bytes pass through one place, which
+    checks the limit before each recv. The classes override attributes that http.client and
     urllib3 document, and `_new_conn`, which urllib3 1.21 to 2 have in common.
     """
     import requests  # noqa: I001 - the first, so that its name is told when it is missing
@@ -1892,10 +1892,10 @@ def unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class Transport:
-    """HTTP exchanges, each within its time limit. The only room that knows requests.
+    """HTTP exchanges, each within its time limit. Only this class and its helpers use requests.
 
-    A key goes nowhere but into the Authorization header of a request to the address of its own
-    provider, and redirects are not followed.
+    A key is sent only to its own provider, in the Authorization header, and redirects are not
+    followed.
     """
 
     def __init__(self, clock: Clock, wall_clock: Clock, session: object = None) -> None:
@@ -2179,10 +2179,10 @@ MAX_PACED_HINT = 120.0  # seconds; a longer hint is about an hour or a day, not 
 class Pace:
     """How fast a model or an account can be asked without being refused.
 
-    While no limit is known, only a few requests are under way at first, and more with each
-    answer. After a refusal the requests get slots, a gap apart. Between the ends of two quotas
-    the server has granted just what its rate allows, so the gap is the time between them, divided
-    by the requests granted in between. A refusal counts once for all requests that were under way.
+    While no limit is known, a limited number of requests may be under way, and more with each
+    answer. After a refusal, requests are spaced one gap apart. Between two points at which the
+    quota ran out, the server granted exactly what its rate allows, so the gap is the time between
+    them divided by the requests granted. Refusals of requests sent together count only once.
     """
 
     def __init__(self, is_account: bool) -> None:
@@ -2339,9 +2339,9 @@ class Slot:
 class Health:
     """What is known of providers and models across questions: cooldowns, probes, pacing.
 
-    Whoever chooses a candidate holds `lock` from looking to taking. The garbage collector may
-    close a stream while this very thread holds the lock, so `drop` takes none: what it leaves
-    behind is cleared away by the next one who has it.
+    Hold `lock` from looking up a candidate until taking its slot. The garbage collector may close
+    a stream while the current thread holds the lock, so `drop` does not acquire it: the next
+    holder of the lock clears away what `drop` leaves behind.
     """
 
     def __init__(self, clock: Clock, wall_clock: Clock) -> None:
@@ -2499,7 +2499,7 @@ class Health:
         return self._paces[name, model]
 
     def _meet_limit(self) -> None:
-        """From now on nobody is asked boldly of whom nothing is known."""
+        """From now on, start cautiously with every candidate whose limits are unknown."""
         if not self._limit_was_met:
             self._limit_was_met = True
             for pace in self._paces.values():
@@ -2614,8 +2614,8 @@ def first_choice(options: Sequence[Option], limit: float) -> Optional[Option]:
 class Queue:
     """The candidates of one question: who is next, and how long to wait.
 
-    Ask the first in line who is worth the wait. Who fails goes to the end of the line unless it
-    only asked for a short pause. When nobody is ready, wait for the soonest.
+    Ask the first candidate that is worth waiting for. One that fails goes to the end of the line
+    unless it asked only for a short pause. If none is ready, wait for the one ready soonest.
     """
 
     def __init__(
@@ -2664,7 +2664,7 @@ class Queue:
         return self.deadline
 
     def failed(self, asked: Turn, failure: Failure) -> None:
-        """Move those whom a failure reaches: out, to the end of the line, or nowhere."""
+        """Drop the turns that a failure affects, move them to the end, or leave them in place."""
         now = self._clock()
         if not failure.is_unreachable:
             self._anybody_reached = True
@@ -3037,7 +3037,7 @@ class Trail:
 class Narrator:
     """Tells one question's walk through the logger, in the documented lines.
 
-    A line is told once, and the same error once for each model.
+    Each line is logged only once, and each error once per model, unless it is a retry.
     """
 
     def __init__(self, config: RetryConfig, cancelled: threading.Event) -> None:
@@ -3167,8 +3167,8 @@ def work_through(
 ) -> Iterator[Result]:
     """The results of the function, in the order of the items, from so many threads.
 
-    The items are read only as far as needed: `ahead` for each worker. An exception of the function
-    comes out at once.
+    The items are read only as far as needed: `ahead` for each worker. An exception raised by the
+    function is re-raised immediately.
     """
     pool = Workers(function, workers)
     numbered = enumerate(items)
@@ -3680,7 +3680,7 @@ class FallbackLLM:
     ) -> str:
         """The text of the answer; "" if all models failed or the question was refused.
 
-        Why it failed is logged as an error. Arguments and other errors are those of `complete`.
+        The reason for a failure is logged as an error. Arguments and other errors: see `complete`.
         """
         checked = self._question(
             question, max_tokens, provider, model, system, messages, timeout, accept, parameters
@@ -3733,8 +3733,8 @@ class FallbackLLM:
     ) -> Generator[str, None, Answer]:
         """The text, piece by piece as it comes; the generator returns the Answer.
 
-        Arguments and errors are those of `complete`. What was given out cannot be taken back: a
-        break after the first piece raises StreamInterrupted, and there is no `accept`.
+        Arguments and errors are those of `complete`. Text already yielded cannot be taken
+        back, so a failure after the first piece raises StreamInterrupted, and there is no `accept`.
         """
         if "accept" in parameters:
             raise ValueError("accept is not for stream(): its text cannot be taken back")
@@ -3757,7 +3757,7 @@ class FallbackLLM:
         accept: Optional[Accept] = None,
         **parameters: Any,
     ) -> Iterator[Union[Answer, FallbackLLMError, ValueError]]:
-        """For each question its Answer, or its error in the same place; lazily, in their order.
+        """Lazily yield an Answer, or the error in its place, for each question, in order.
 
         questions: texts, or dicts of arguments of `complete`, which win over those given here.
         """
@@ -4209,7 +4209,7 @@ def short_usage(parser: Parser) -> str:
 
 
 def joined_values(argv: Sequence[str]) -> List[str]:
-    """The arguments, with "--base-delay -inf" as one word: argparse takes -inf for a flag."""
+    """The arguments, with "--base-delay -inf" joined: argparse would take -inf for a flag."""
     words: List[str] = []
     for word in argv:
         before = words[-1] if words else ""
@@ -4297,7 +4297,7 @@ def read_question_file(path: str) -> str:
 
 
 def read_stdin(console: Console) -> str:
-    """What a pipe brings; somebody who waits for it in vain is told after two seconds."""
+    """The text from stdin; if none arrives within two seconds, say what we are waiting for."""
     hint = "waiting for piped input; use --no-stdin (or </dev/null) to skip"
     timer = threading.Timer(2.0, console.say, [hint])
     timer.daemon = True
@@ -4410,7 +4410,7 @@ def respond_in_json(
 
 
 class AnswerPrinter:
-    """Prints an answer, less the blank lines around it and what a terminal would obey."""
+    """Prints an answer without surrounding blank lines and terminal control characters."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -4785,7 +4785,7 @@ class Batch:
             try:
                 self._write(record)
             except BaseException:
-                self._cancelled.set()  # nobody shall pay for answers that cannot be kept
+                self._cancelled.set()  # do not pay for answers that cannot be saved
                 raise
             if isinstance(result, Answer):
                 self._counts[result.provider] += 1
