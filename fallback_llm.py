@@ -274,7 +274,7 @@ PROVIDERS: Tuple[Provider, ...] = (
     ),
 )
 
-MAX_ENV_FILE = 65536  # bytes; python-dotenv needs minutes for a larger file of blanks
+MAX_ENV_FILE = 65536  # characters; python-dotenv needs minutes for a larger file of blanks
 
 
 def stripped(value: Optional[str]) -> str:
@@ -334,7 +334,8 @@ class Settings:
             with open(path, encoding="utf-8-sig") as file:
                 text = file.read(MAX_ENV_FILE + 1)
             if len(text) > MAX_ENV_FILE:
-                self._complain(f"{path} is not read: it is larger than {MAX_ENV_FILE} bytes")
+                size = f"{MAX_ENV_FILE} characters"
+                self._complain(f"{path} is not read: it is larger than {size}")
                 return {}
             if "\0" in text:
                 raise ValueError("a NUL character")
@@ -998,10 +999,18 @@ def reason_for(status: int, code: int, report: ErrorReport) -> str:
     return f"{what}: {said}" if said else what
 
 
+def host_of(url: str) -> str:
+    """The host of a URL, "" if it has none."""
+    try:
+        return urlsplit(url[:1000]).hostname or ""
+    except ValueError:
+        return ""
+
+
 def advice_for(status: int, headers: Mapping[str, str], body: object) -> str:
     """What to do about a reply whose form points to a wrong address; "" for all others."""
     if 300 <= status < 400:
-        host = urlsplit(headers.get("location", "")[:1000]).hostname or "another address"
+        host = host_of(headers.get("location", "")) or "another address"
         return f"check {{base_url}}: the server redirects to {host}"
     is_page = isinstance(body, str) and body[:MAX_TEXT].lstrip().startswith("<")
     if status in (400, 404, 405) and is_page:
@@ -1086,8 +1095,8 @@ def duration_in(message: str) -> float:
             unit = (part.group(2) or "s").lower()
             total += float(part.group(1)) * UNIT_SECONDS[unit]
             position = part.end()
-            separator = re.compile(r",? ?(?:and )?").match(message, position)
-            position = separator.end() if separator else position
+            while message.startswith((",", " ", "and "), position):
+                position += 4 if message.startswith("and ", position) else 1
             part = DURATION_PART.match(message, position)
         return total
     return math.nan
@@ -1147,7 +1156,7 @@ def is_blank(text: str) -> bool:
 def conversation(
     question: Optional[str], system: Optional[str], messages: Optional[Sequence[Json]]
 ) -> List[Json]:
-    """The messages to send. Raises ValueError for an empty or malformed question."""
+    """The messages to send. Raises ValueError for empty or malformed input."""
     for name, text in (("question", question), ("system", system)):
         if text is not None and not isinstance(text, str):
             raise ValueError(f"the {name} must be text, not {text!r:.60}")
@@ -1733,15 +1742,17 @@ class BoundedConnection:
 
         for number, (family, kind, protocol, _, address) in enumerate(addresses):
             share = (until - time.monotonic()) / (len(addresses) - number)
-            sock = socket.socket(family, kind, protocol)
+            sock: Optional[socket.socket] = None
             try:
+                sock = socket.socket(family, kind, protocol)
                 for option in connection.socket_options or ():
                     sock.setsockopt(*option)
                 sock.settimeout(max(0.001, share))
                 sock.connect(address)
                 return sock
             except OSError as error:
-                sock.close()
+                if sock is not None:
+                    sock.close()
                 problem = error
 
         if isinstance(problem, socket.timeout):
@@ -1972,16 +1983,16 @@ class Transport:
         from urllib3.exceptions import HTTPError
 
         url = row.base_url + path
-        template, settings = self._template(method, url, key)
-        request = template.copy()
-        request.prepare_body(body, None)
-
         left = limit.left()
         if left <= 0:
             raise limit.failure("no time was left")
         self._limits.current = limit
         timeout = (min(CONNECT_TIMEOUT, left), left)
+        adapter = None
         try:
+            template, settings = self._template(method, url, key)
+            request = template.copy()
+            request.prepare_body(body, None)
             # session.send() would obey ~/.netrc, keep cookies and follow redirects.
             adapter = self._session.get_adapter(url)
             return Reply(adapter.send(request, timeout=timeout, **settings), limit)
@@ -2171,6 +2182,7 @@ MARGIN = 1.05  # the measured gap is widened by this, so that the next refusal i
 MAX_GROWTH = 10.0  # a gap grows at most by this factor at a time
 EASING = 0.002  # an answer shortens the gap by this share ...
 EASING_DOUBLES = 12  # ... which doubles after so many answers without a refusal
+MIN_GAP = 0.001  # seconds
 WIDEST = 4  # times the first backoff, or twice a hint: no gap is wider
 MAX_PROBE_GAP = 20.0  # seconds between two probes of a model that refuses everything
 MAX_PACED_HINT = 120.0  # seconds; a longer hint is about an hour or a day, not about the pace
@@ -2257,7 +2269,8 @@ class Pace:
         if self._granted >= ENOUGH:
             self._is_rough = False
         if self._gap:
-            self._gap *= 1 - min(0.1, EASING * 2 ** (self._granted / EASING_DOUBLES))
+            share = EASING * 2 ** min(self._granted / EASING_DOUBLES, 30)
+            self._gap = max(MIN_GAP, self._gap * (1 - min(0.1, share)))
             return False
 
         # It doubles with each round of answers, or grows by one when it must be careful.
@@ -2313,7 +2326,7 @@ class Pace:
 
     def _set_gap(self) -> None:
         measured = MARGIN * self._span / self._spent
-        self._gap = max(0.001, min(self._most, measured))
+        self._gap = max(MIN_GAP, min(self._most, measured))
 
 
 class Outlook(NamedTuple):
@@ -2507,7 +2520,7 @@ class Health:
 
     def _end(self, slot: Slot) -> None:
         """Its request is not under way any more, and nobody is trying the candidate."""
-        self._open_slots -= 1
+        self._open_slots = max(0, self._open_slots - 1)
         now = self._clock()
         for mark in self._marks_of(slot.candidate):
             mark.probed_until = min(mark.probed_until, now)
@@ -2572,7 +2585,8 @@ class Turn:
     """A candidate in the line of one question."""
 
     candidate: Candidate
-    attempts: int = 0  # used
+    attempts: int = 0  # used, also by failures that reached the whole provider
+    requests: int = 0  # sent
     ready_at: float = -math.inf  # it is not asked before
     patience: float = 0.0  # how long the question waits for it although others are ready
     turns: int = 0  # it has had, and lost its place with; who has had fewer comes before
@@ -2906,7 +2920,9 @@ class Roster:
             problem = "holds a placeholder"
         else:
             problem = "is not set"
-        return f"{name} {problem} → get a key: {row.key_url}"
+        return (
+            f"{name} {problem} → get a key: {row.key_url}" if row.key_url else f"{name} {problem}"
+        )
 
     def rows(self, names: Names = None) -> List[Provider]:
         """The rows of these providers, None for all, in their order. Raises ValueError."""
@@ -2932,8 +2948,9 @@ class Roster:
         lines = ["No API keys found! Please set environment variables:"]
         lines.append("   " + ", ".join(row.key_env or row.name for row in rows))
         lines.extend(f"   {row.name}: {self.key_problem(row)}" for row in rows)
-        example = f"export {rows[-1].key_env}=...   (or put it into .env)"
-        lines.append(f"   One is enough: {example}")
+        variables = [row.key_env for row in rows if row.key_env]
+        if variables:
+            lines.append(f"   One is enough: export {variables[-1]}=...   (or put it into .env)")
         lines.extend(f"   {problem}" for problem in self.problems)
         raise NoProviderError("\n".join(lines))
 
@@ -2992,7 +3009,7 @@ class Trail:
         attempt = Attempt(
             provider=row.name,
             model=model,
-            number=turn.attempts + 1,
+            number=turn.requests,
             status=self.draft.status,
             verdict=failure.verdict if failure else None,
             reason=failure.reason if failure else "",
@@ -3086,9 +3103,10 @@ class Narrator:
             self._tell(line, logging.WARNING, model, again=is_retry)
         self._last = candidate
         if failure.verdict is Verdict.DENIED and row.key_env:
-            self._tell(f"🔑 Check {row.key_env} and the account: {row.key_url}", logging.WARNING)
-        if failure.rule.asked_again and turn.attempts + 1 >= self._config.max_attempts:
-            number = turn.attempts + 1
+            line = f"🔑 Check {row.key_env} and the account: {row.key_url}"
+            self._tell(line.rstrip(": "), logging.WARNING)
+        number = turn.requests
+        if failure.rule.asked_again and number >= self._config.max_attempts:
             line = f"🔄 {row.name} {candidate.model} exhausted all {number} retry attempts"
             self._tell(line)
 
@@ -3107,7 +3125,7 @@ def duration_words(seconds: float) -> str:
     seconds = math.ceil(seconds)
     for length, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
         count = round(seconds / length)
-        if count > 1 or (count == 1 and unit == "hour"):
+        if count > 1 or (unit == "hour" and seconds >= 3600):
             return f"{count} {unit}{'' if count == 1 else 's'}"
     return f"{seconds} s"
 
@@ -3313,9 +3331,14 @@ def renew_after_fork(parts: Parts) -> None:
 
     Two processes that read from one socket would get each other's answers.
     """
-    if not FORKED and hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=renew_all)
     FORKED.add(parts)
+    register_once()
+
+
+@functools.lru_cache(maxsize=None)
+def register_once() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew_all)
 
 
 def renew_all() -> None:
@@ -3337,7 +3360,7 @@ class Walk:
         self._begin()
 
     def _begin(self) -> None:
-        """Start the clock of the question."""
+        """Start the clock of the question: a stream may be read long after it was made."""
         parts = self._parts
         self._trail = Trail(parts.clock)
         self._deadline = parts.clock() + self._question.timeout
@@ -3352,7 +3375,7 @@ class Walk:
 
     def run(self) -> Generator[str, None, Answer]:
         """Ask whoever is next until one answers; live text comes out as it comes in."""
-        self._begin()  # a stream may be read long after it was made
+        self._begin()
         is_answered = False
         try:
             while True:
@@ -3401,6 +3424,7 @@ class Walk:
         self._narrator.asking(slot.candidate)
         draft = Draft(slot.candidate.model, self._is_live)
         self._trail.draft = draft
+        turn.requests += 1
         clock = self._parts.clock
         begun = clock()
         limit = TimeLimit(clock, self._line.deadline_for(turn), slot.candidate.row.idle_timeout)
@@ -3433,7 +3457,9 @@ class Walk:
         """The text of an answer as it comes."""
         row, model, _ = candidate
         body = request_body(self._question.fields, model, row.parameters_for(model))
-        draft.tokens = len(body) // 4 + int(self._question.fields.get("max_tokens") or 0)
+        fields = self._question.fields
+        longest = to_number(fields.get("max_tokens", fields.get("max_completion_tokens")))
+        draft.tokens = len(body) // 4 + (0 if math.isnan(longest) else int(longest))
         key = self._parts.roster.key(row)
         return self._parts.transport.converse(row, key, body, draft, limit)
 
@@ -3762,6 +3788,10 @@ class FallbackLLM:
         questions: texts, or dicts of arguments of `complete`, which win over those given here.
         """
         check_number("max_workers", max_workers)
+        if isinstance(questions, str):
+            raise ValueError("questions must be several, such as [question]")
+        if provider is not None and not isinstance(provider, str):
+            provider = list(provider)
         common = dict(
             parameters,
             max_tokens=max_tokens,
@@ -3813,6 +3843,8 @@ class FallbackLLM:
         fields["stream"] = True
         # Other servers than the three send the usage of a stream only when they are asked to.
         fields.setdefault("stream_options", {"include_usage": True})
+        if isinstance(provider, Iterator):
+            provider = list(provider)
         candidates = self._parts.roster.candidates(provider, model)
         if parameters or messages:
             request_body(fields, "", {})  # ValueError for what JSON cannot carry
@@ -3918,14 +3950,15 @@ class Console:
         try:
             sys.stderr.write(text)
             sys.stderr.flush()
-        except (OSError, ValueError, AttributeError):
-            sys.stderr = cast(Any, None)  # it is full, closed or None
+        except (OSError, ValueError, AttributeError):  # it is full, closed or None
+            sys.stderr = cast(Any, None)
+            self.has_terminal = False
 
     def redraw(self, text: str) -> None:
         """Replace the last line of the terminal, for as long as the next message."""
         try:
             width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             width = 79
         self.say(text[:width], end="\r")
         self._drawn = len(text[:width])
@@ -4009,7 +4042,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """One line per option: "-f, --file PATH". Only Python 3.13 does so by itself."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=25, width=81)
+        super().__init__(prog, max_help_position=25, width=81)  # argparse leaves one column free
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = ", ".join(action.option_strings)
@@ -4018,7 +4051,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     def long_flags(self) -> List[str]:
-        return re.findall(r"--[a-z-]+", self.format_help().partition("examples:")[0])
+        names = [name for action in self._actions for name in action.option_strings]
+        return [name for name in names if name.startswith("--")]
 
     def exit(self, status: int = 0, message: Optional[str] = None) -> NoReturn:
         """End after --help or --version; a stdout that is full is noticed here."""
@@ -4187,10 +4221,20 @@ def check_combinations(args: argparse.Namespace) -> None:
     """Raise UsageError for options that do not go together."""
     if args.output == "-":
         args.output = None  # stdout, as without it
-    is_batch = args.batch is not None
+    modes = []
     for name in ("check", "list_models", "batch"):
-        if getattr(args, name) and (args.question or args.file):
-            raise UsageError(f"--{name.replace('_', '-')} takes no question")
+        if getattr(args, name) not in (None, False):
+            modes.append(f"--{name.replace('_', '-')}")
+    if len(modes) > 1:
+        raise UsageError(f"{modes[1]} is not allowed with {modes[0]}")
+    if modes and (args.question or args.file):
+        raise UsageError(f"{modes[0]} takes no question")
+    check_values(args)
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """Raise UsageError for values that do not go together."""
+    is_batch = args.batch is not None
     for flag, value in (("--output", args.output), ("--workers", args.workers)):
         if value is not None and not is_batch:
             raise UsageError(f"{flag} needs --batch")
@@ -4297,7 +4341,7 @@ def read_question_file(path: str) -> str:
 
 
 def read_stdin(console: Console) -> str:
-    """The text from stdin; if none arrives within two seconds, say what we are waiting for."""
+    """The text from stdin; after two seconds without its end, tell the user."""
     hint = "waiting for piped input; use --no-stdin (or </dev/null) to skip"
     timer = threading.Timer(2.0, console.say, [hint])
     timer.daemon = True
@@ -4327,11 +4371,17 @@ def opened(flag: str, path: str, mode: str) -> IO[bytes]:
         raise UsageError(f"{flag} {path}: {reason}") from None
 
 
+def without_fence(text: str) -> str:
+    """The text less a Markdown fence around it."""
+    lines = text.strip().split("\n")
+    if len(lines) > 2 and lines[0].startswith("```") and lines[-1].strip() == "```":
+        return "\n".join(lines[1:-1])
+    return text
+
+
 def json_inside(text: str) -> Any:
     """The JSON value of an answer, less a Markdown fence around it. Raises ValueError."""
-    fence = re.fullmatch(r"\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*", text, re.DOTALL)
-
-    value = json.loads(fence.group(1) if fence else text)
+    value = json.loads(without_fence(text))
     json.dumps(value, allow_nan=False)  # NaN and 1e999 are no JSON
     return value
 
@@ -4387,10 +4437,7 @@ def respond(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int
         answer = printer.print_stream(llm.stream(**arguments))
     else:
         answer = llm.complete(**arguments)
-        text = answer.text
-        if args.expect_json:
-            text = re.sub(r"\A\s*```[a-zA-Z]*\s*\n|\n?\s*```\s*\Z", "", text)
-        printer.feed(text)
+        printer.feed(without_fence(answer.text) if args.expect_json else answer.text)
         printer.end()
     logger.info("\n⏱️  Response time: %.2fs", answer.elapsed)
     return 0
@@ -4720,6 +4767,8 @@ class Batch:
         old = opened("--output", path, "ab+")
         try:
             lock_file(old, flag)
+            if not os.path.samestat(os.fstat(old.fileno()), os.stat(path)):
+                raise UsageError(f"{flag}: another run is writing to it")
             old.seek(0)
             if not all(line.startswith(b'{"id": ') or b'{"id": '.startswith(line) for line in old):
                 raise UsageError(f"{flag}: not a file of answers, left as it is")
@@ -4862,6 +4911,8 @@ def read_line(number: int, data: bytes) -> Line:
     fields: Json = {"question": text}
     if text.startswith("{"):
         fields = json.loads(text)
+    if "accept" in fields:
+        raise ValueError("accept is not for a batch; use --expect-json")
     line_id = fields.pop("id", number)
     if not is_id(line_id):
         raise ValueError(f"id must be a text or a whole number, not {line_id!r:.60}")

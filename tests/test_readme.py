@@ -13,7 +13,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence
 
 import pytest
 from conftest import PROVIDERS, Program, Result, until
@@ -25,30 +25,41 @@ from fallback_llm import FallbackLLM, FallbackLLMError, RetryConfig, Verdict
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
 KEYS = [f"{provider.upper()}_API_KEY" for provider in PROVIDERS]
 CLONED = ("fallback_llm.py", "LICENSE", ".env.example", "tests/demo.py", "tests/emulator.py")
 MARK = "   <- stdout (the rest is stderr)"
+IN_JSON = Reply(text='```json\n{"capital": "Paris"}\n```')
 
 
 def blocks(language: str) -> list[str]:
     return [body for kind, body in BLOCKS if kind == language]
 
 
-def scripts() -> list[str]:
-    """The Python blocks; one that imports nothing continues the one before."""
-    found: list[str] = []
-    for body in blocks("python"):
-        if "import" in body:
-            found.append(body)
+def scripts() -> dict[str, str]:
+    """The Python blocks by title; one that imports nothing continues the one before."""
+    found: dict[str, str] = {}
+    title = ""
+    part = r"^(?:#+ |\*\*)(?P<title>\w[\w ]*)|^```python\n(?P<body>.*?)^```$"
+    for match in re.finditer(part, README, re.MULTILINE | re.DOTALL):
+        body = match.group("body")
+        if body is None:
+            title = match.group("title")
+        elif "import" in body:
+            found[title] = body
         else:
-            found[-1] += body
+            found[list(found)[-1]] += body
     return found
 
 
-def commands() -> list[tuple[str, str]]:
+def commands(console: str) -> list[tuple[str, str]]:
     """The lines behind a prompt, with the output that is shown below each."""
-    (console,) = blocks("console")
     return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", console, re.MULTILINE)
+
+
+SCRIPTS = scripts()
+QUICK_START, *CONSOLES = blocks("console")
+COMMANDS = [pair for console in CONSOLES for pair in commands(console)]
 
 
 def table(head: str) -> list[list[str]]:
@@ -59,8 +70,8 @@ def table(head: str) -> list[list[str]]:
 
 
 def zeroed(text: str) -> str:
-    """The same with all times 0.00s."""
-    return re.sub(r"\d+\.\d\ds", "0.00s", text)
+    """The same with all times 0.00."""
+    return re.sub(r"\b\d+\.\d\d(?=s|  )", "0.00", text)
 
 
 def shell(reader: Program, script: str, **more: Any) -> Result:
@@ -72,7 +83,8 @@ def shell(reader: Program, script: str, **more: Any) -> Result:
 def reader(run: Program) -> Program:
     """Who has cloned the repository and installed it, and pasted the emulator's variables.
 
-    `uv` is a stand-in for the real one: it runs the file with the Python of these tests.
+    The programs that fetch and install something are stand-ins; `uv` runs the file with the Python
+    of these tests.
     """
     run.plan()  # the emulator answers as it does for everybody
     for provider in PROVIDERS:
@@ -82,28 +94,111 @@ def reader(run: Program) -> Program:
         shutil.copy(str(ROOT / name), str(run.folder / name))
     programs = run.folder / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for name, line in (("python", ""), ("uv", "shift; ")):
-        (programs / name).write_text(f'#!/bin/sh\n{line}exec "{sys.executable}" "$@"\n')
+    (programs / "activate").touch()
+    python = f'exec "{sys.executable}" "$@"'
+    stand_ins = {"python": python, "uv": f"shift; {python}"}
+    stand_ins.update({"git": "ln -s . fallback-llm", "python3": "", "pip": ""})
+    for name, line in stand_ins.items():
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
         (programs / name).chmod(0o755)
     run.variables["PATH"] = f"{programs}:{run.variables['PATH']}"
     return run
 
 
+@pytest.fixture
+def with_one_key(reader: Program) -> Program:
+    """A reader whose only key is in no variable yet; see `key_of_groq`."""
+    for name in KEYS:
+        del reader.variables[name]
+    return reader
+
+
+def key_of_groq(reader: Program) -> str:
+    return reader.emulator.environment()["GROQ_API_KEY"]
+
+
+# --- The page -----------------------------------------------------------------------------------
+
+
+def test_the_first_screen_shows_an_answer() -> None:
+    """From the first question to its answer there are three lines of progress."""
+    lines = README.splitlines()
+    answer = lines.index("The capital of France is Paris.")
+    assert answer <= 24
+    assert [line[0] for line in lines[answer - 5 : answer - 2]] == ["🔄", "🎯", "✅"]
+
+
+def test_prose_is_wrapped() -> None:
+    """At 100 columns, but for tables."""
+    assert not [line for line in PROSE.splitlines() if len(line) > 100 and line[0] != "|"]
+
+
+def test_every_link_leads_to_a_section() -> None:
+    """The table of contents lists them all, in their order."""
+    sections = re.findall(r"^## (.*)", PROSE, re.MULTILINE)
+    anchors = [section.lower().replace(" ", "-") for section in sections]
+    links = re.findall(r"\[([^]]+)\]\(#([\w-]+)\)", README)
+    listed = [anchor for text, anchor in links if text.lower() in anchor.replace("-", " ")]
+    assert listed == [*anchors]
+    assert {anchor for _, anchor in links} <= set(anchors)
+
+
+def test_where_keys_come_from() -> None:
+    """The addresses are those of the rows, and two more."""
+    assert set(re.findall(r"https://[\w./-]+\w", README)) == {
+        "https://github.com/example/fallback-llm",
+        "https://api.mistral.ai/v1",
+        *(row.key_url for row in fallback_llm.PROVIDERS),
+    }
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    _, _, changelog = README.partition("## Changelog\n\n")
+    assert changelog.startswith(f"**{fallback_llm.__version__}** (")
+
+
+def test_the_map_of_the_file() -> None:
+    """Its sections, by number and name."""
+    source = (ROOT / "fallback_llm.py").read_text(encoding="utf-8")
+    sections = re.findall(r"^# --- (\d+)\. ([\w ]+\w)", source, re.MULTILINE)
+    assert [row[0] for row in table("Section | What it holds")] == [
+        " ".join(section) for section in sections
+    ]
+
+
+def test_the_map_of_the_tests() -> None:
+    """Each file of `tests/` once."""
+    listed = [
+        name for row in table("In `tests/` | What it holds") for name in row[0].split("`")[1::2]
+    ]
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "tests").glob("*.py"))
+
+
 # --- Set-up and demo ----------------------------------------------------------------------------
 
 
-def test_it_is_short() -> None:
-    """At most 200 lines, and something to paste by line 12."""
-    lines = README.splitlines()
-    assert len(lines) <= 200
-    assert lines.index("```sh") < 12
-
-
-def test_the_set_up_is_two_commands() -> None:
-    """The two that `.ci/run` takes out of the first block and runs."""
-    lines = [line for line in blocks("sh")[0].splitlines() if not line.startswith("git clone")]
+def test_the_two_commands_without_a_key() -> None:
+    """Those that `.ci/run` takes out of the first block and runs."""
+    lines = blocks("sh")[0].splitlines()
     assert len(lines) == 2
     assert all(line.startswith("python3 -m venv .venv && .venv/bin/pip install") for line in lines)
+
+
+def test_the_quick_start_prints_what_stands_there(with_one_key: Program) -> None:
+    """Its commands, typed into one shell; with the placeholder for a key there is no answer."""
+    with_one_key.emulator.plan("groq", Reply(text="The capital of France is Paris."))
+    typed, outputs = zip(*commands(QUICK_START))
+    script = "\n".join(["set -e; exec 2>&1", *typed])
+    assert "GROQ_API_KEY holds a placeholder" in shell(with_one_key, script).stdout
+    (with_one_key.folder / "fallback-llm").unlink()
+    script = script.replace("your_key_here", key_of_groq(with_one_key))
+    code, out, _ = shell(with_one_key, script)
+    assert (code, zeroed(out)) == (0, zeroed("".join(outputs)))
+
+
+def test_uv_needs_no_installation(reader: Program) -> None:
+    (command,) = re.findall(r"`(uv run .*?)`", README)
+    assert shell(reader, command)[0] == 0
 
 
 def test_the_transcript_is_the_demos(reader: Program) -> None:
@@ -120,18 +215,6 @@ def test_the_transcript_is_the_demos(reader: Program) -> None:
     assert zeroed(both) == shown.replace(MARK, "")
 
 
-def test_a_key_is_enough(reader: Program) -> None:
-    """The lines of the second block, with a key put in, give an answer each; without, none."""
-    lines = blocks("sh")[1]
-    key = reader.variables["GROQ_API_KEY"]
-    for name in KEYS:
-        del reader.variables[name]
-    assert "GROQ_API_KEY holds a placeholder" in shell(reader, "set -e\n" + lines).stderr
-    code, out, _ = shell(reader, "set -e\n" + lines.replace("your_key_here", key))
-    assert (code, [asked.provider for asked in reader.asked]) == (0, ["groq", "groq"])
-    assert out.count("Hello from the emulator of groq") == 2
-
-
 def test_uv_installs_what_pip_installs() -> None:
     """The packages at the top of the file are those of requirements.txt."""
     source = (ROOT / "fallback_llm.py").read_text(encoding="utf-8")
@@ -140,25 +223,25 @@ def test_uv_installs_what_pip_installs() -> None:
     assert json.loads(listed) == re.findall(r"^([\w-]+)>=", required, re.MULTILINE)
 
 
-def test_the_example_of_an_env_file(reader: Program) -> None:
+def test_the_example_of_an_env_file(with_one_key: Program) -> None:
     """Copied as it is, it does no harm; with a key put in, it works."""
-    key = reader.variables["GROQ_API_KEY"]
-    for name in KEYS:
-        del reader.variables[name]
-    ask = '.venv/bin/python fallback_llm.py "What is the capital of France?"'
-    code, _, told = shell(reader, "cp .env.example .env; " + ask)
-    assert (code, told.count("holds a placeholder"), reader.asked) == (1, 3, [])
-    text = (reader.folder / ".env").read_text()
-    (reader.folder / ".env").write_text(text.replace("your_groq_api_key_here", key))
-    assert shell(reader, ask)[0] == 0
+    (copy,) = re.findall(r"`(cp \.env\.example .*?)`", README)
+    ask = 'python fallback_llm.py "What is the capital of France?"'
+    code, _, told = shell(with_one_key, f"{copy}; {ask}")
+    assert (code, told.count("holds a placeholder"), with_one_key.asked) == (1, 3, [])
+    file = with_one_key.folder / ".env"
+    text = file.read_text().replace("your_groq_api_key_here", key_of_groq(with_one_key))
+    file.write_text(text)
+    assert shell(with_one_key, ask)[0] == 0
 
 
-def test_where_keys_come_from() -> None:
-    """The links are those of the rows."""
-    assert set(re.findall(r"https://[\w./-]+\w", README)) == {
-        "https://github.com/example/fallback-llm",
-        *(row.key_url for row in fallback_llm.PROVIDERS),
-    }
+def test_the_env_file_of_an_installed_command(with_one_key: Program) -> None:
+    """In the user's configuration folder."""
+    (path,) = set(re.findall(r"`~/(\.config/.*?)`", README))
+    file = with_one_key.folder / path  # that folder is its home, too
+    file.parent.mkdir(parents=True)
+    file.write_text(f"GROQ_API_KEY={key_of_groq(with_one_key)}\n")
+    assert with_one_key("?").code == 0
 
 
 # --- In the shell -------------------------------------------------------------------------------
@@ -168,27 +251,39 @@ def test_the_emulator_prints_what_is_to_be_pasted(reader: Program) -> None:
     """In a shell with these lines, the first command prints what stands below it."""
     served = reader.start("tests/emulator.py", command=["python"])
     until(lambda: served.stdout.count("\n") == 6)
-    command, output = commands()[0]
+    command, output = COMMANDS[0]
     variables: dict[str, str | None] = dict.fromkeys(reader.emulator.environment())
     code, out, _ = shell(reader, served.stdout + command, env=variables)
     assert (code, out, reader.asked) == (0, output, [])
     assert served.signal(signal.SIGINT).code == 0
 
 
-@pytest.mark.parametrize(("command", "output"), commands(), ids=[pair[0] for pair in commands()])
+@pytest.mark.parametrize(("command", "output"), COMMANDS, ids=[pair[0] for pair in COMMANDS])
 def test_a_command_prints_what_stands_below_it(reader: Program, command: str, output: str) -> None:
     """All that a terminal would show; `--help` is among them."""
+    if "--expect-json" in command:
+        reader.plan(IN_JSON)
     code, out, _ = shell(reader, f"exec 2>&1; {command}")
     assert (code, zeroed(out)) == (0, zeroed(output))
 
 
+def test_a_loop_needs_its_flag(reader: Program) -> None:
+    """Without --no-stdin, the first question swallows the lines of the others."""
+    (loop,) = [command for command, _ in COMMANDS if "while read" in command]
+    assert shell(reader, loop.replace("--no-stdin", ""))[0] == 0
+    assert reader.questions == ["Peru\n\nCapital of France?"]
+
+
 def test_every_flag_exists() -> None:
     """What looks like a flag of the program is in `--help`."""
-    words = re.findall(
-        r"(?<![\w-])--?[a-z][\w-]*", re.sub(r"pip install -q -r |pytest -q -n 2", "", README)
-    )
-    text = "".join(output for command, output in commands() if "--help" in command)
-    options = set(re.findall(r"^  (?:(-\w), )?(--[\w-]+)", text, re.MULTILINE))
+    help_text = "".join(output for command, output in COMMANDS if "--help" in command)
+    options = re.findall(r"^  (?:(-\w), )?(--[\w-]+)", help_text, re.MULTILINE)
+    present, _, _ = PROSE.partition("## Changelog")
+    texts = re.findall(r"`((?:fallback-llm )?-[^`]+)`", present)
+    for command, _ in COMMANDS:
+        texts.extend(part for part in re.split(r"[|;]", command) if "fallback_llm.py" in part)
+    words = re.findall(r"(?<![\w-])--?[a-z][\w-]*", "\n".join(texts))
+    assert len(words) > 20
     assert set(words) <= {name for pair in options for name in pair}
 
 
@@ -229,16 +324,56 @@ def ollama(reader: Program) -> Iterator[None]:
         thread.join()
 
 
-@pytest.mark.parametrize("script", scripts(), ids=["one machine", "many machines"])
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())
 @pytest.mark.usefixtures("ollama")
 def test_python_prints_what_stands_behind_it(reader: Program, script: str) -> None:
     """The lines with # > are the output; what is asked of Ollama prints a line more."""
-    if "dask" in script and importlib.util.find_spec("dask") is None:
-        pytest.skip("no dask for this Python")
+    skip_unless_it_can_run(script)
+    if "accept=" in script:
+        reader.plan(Reply(text='{"capital": "Paris"}'))
     expected = "".join(re.findall(r"^# > (.*\n)", script, re.MULTILINE))
     expected += LOCAL_ANSWER if "ollama" in script else ""
     (reader.folder / "example.py").write_text(script, encoding="utf-8")
     assert shell(reader, "python -W error example.py") == (0, expected, "")
+
+
+def skip_unless_it_can_run(script: str) -> None:
+    """Not all packages can be installed on the oldest Pythons."""
+    for name in re.findall(r"^(?:import|from) (\w+)", script, re.MULTILINE):
+        if name != "fallback_llm" and importlib.util.find_spec(name) is None:
+            pytest.skip(f"no {name} for this Python")
+    if "to_thread" in script and sys.version_info < (3, 9):
+        pytest.skip("no asyncio.to_thread in this Python")
+
+
+CLIENT = """
+import asyncio
+import httpx
+
+async def get() -> None:
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+        reply = await client.get("/ask", params={"question": "What is the capital of France?"})
+    fields = reply.json()
+    print(reply.status_code, fields.get("provider"), str(fields.get("error")).split(";")[0])
+
+asyncio.run(get())
+"""
+
+
+@pytest.mark.parametrize(
+    ("replies", "expected"),
+    [([], "200 cerebras None\n"), ([Reply(401)], "503 None All providers and models failed\n")],
+    ids=["an answer", "none"],
+)
+def test_the_web_endpoint(reader: Program, replies: list[Reply], expected: str) -> None:
+    """What its clients get, as JSON."""
+    script = SCRIPTS["A web endpoint"] + CLIENT
+    skip_unless_it_can_run(script)
+    reader.plan(*replies)
+    (reader.folder / "endpoint.py").write_text(script, encoding="utf-8")
+    code, out, _ = shell(reader, "python endpoint.py")
+    assert (code, out.split("\n")[0] + "\n") == (0, expected)
 
 
 @pytest.mark.usefixtures("ollama")
@@ -246,7 +381,9 @@ def test_a_row_serves_the_command_line(reader: Program) -> None:
     """The example's row, written into PROVIDERS."""
     (row,) = re.findall(r'Provider\("ollama".*?\)\)', README)
     source = (reader.folder / "fallback_llm.py").read_text(encoding="utf-8")
-    changed = source.replace("\nPROVIDERS = (\n", f"\nPROVIDERS = (\n    {row},\n")
+    begin = "\nPROVIDERS: Tuple[Provider, ...] = (\n"
+    assert begin in source
+    changed = source.replace(begin, f"{begin}    {row},\n")
     (reader.folder / "fallback_llm.py").write_text(changed, encoding="utf-8")
     ask = 'python fallback_llm.py -q --provider ollama "What is the capital of France?"'
     assert shell(reader, ask) == (0, LOCAL_ANSWER, "")
@@ -261,9 +398,29 @@ def test_the_table_of_retry_config() -> None:
     )
     fields = {field.name: str(field.default) for field in dataclasses.fields(RetryConfig)}
     assert dict(zip(names, defaults)) == fields
-    assert {flag.replace("disable-", "") for flag in flags} == {
-        "--" + name.replace("_", "-") for name in names if name != "exponential_base"
-    }
+    renamed = {"jitter": "disable-jitter", "wait_on_rate_limit": "no-wait"}
+    assert flags == [
+        "--" + renamed.get(name, name).replace("_", "-")
+        for name in names
+        if name != "exponential_base"
+    ]
+
+
+def test_the_table_of_variables(reader: Program) -> None:
+    """Those of keys and models are read from .env, those of addresses are not."""
+    rows = table("Variable | Meaning | In `.env` too")
+    in_env_files = {name: row[2] for row in rows for name in row[0].split("`")[1::2]}
+    for name in reader.emulator.environment():
+        is_key = name.endswith("_API_KEY")
+        assert in_env_files[name] == ("yes" if is_key else "no")
+        if is_key:
+            del reader.variables[name]
+    key = key_of_groq(reader)
+    text = f"GROQ_API_KEY={key}\nGROQ_MODELS=m\nGROQ_BASE_URL=http://127.0.0.1:9\n"
+    (reader.folder / ".env").write_text(text)
+    assert reader("?").code == 0
+    assert reader.models == ["m"]
+    assert in_env_files["GROQ_MODELS"] == "yes"
 
 
 # --- How it decides, and what goes wrong --------------------------------------------------------
@@ -299,32 +456,75 @@ def test_a_status_gets_the_verdict_of_the_table(
     assert verdict.name == name
 
 
-NO_KEYS: dict[str, str | None] = dict.fromkeys(KEYS)
+NO_KEYS: Dict[str, Optional[str]] = dict.fromkeys(KEYS)
 NOBODY = {f"{provider.upper()}_BASE_URL": "http://127.0.0.1:9" for provider in PROVIDERS}
 THOUGHT = Reply(text="", reasoning="Let me see.", finish_reason="length")
-# message: (changes of the environment, exit code, what Groq replies)
-TROUBLE: dict[str, tuple[dict[str, Any], int, Sequence[Reply]]] = {
-    "No API keys found!": (NO_KEYS, 1, ()),
-    "401 Client Error": ({}, 1, [error("groq", "bad_key")]),
-    "402 Client Error": ({}, 1, [Reply(402)]),
-    "429 Client Error": ({}, 1, [rate_limited("groq", 600)]),
-    "max_tokens was used up": ({}, 1, [THOUGHT]),
-    "answer cut at --max-tokens": ({}, 0, [Reply(finish_reason="length")]),
-    "Max retries exceeded with url": (NOBODY, 1, ()),
+
+
+class Trouble(NamedTuple):
+    """How a message comes about."""
+
+    replies: Sequence[Reply] = ()  # of Groq
+    variables: Dict[str, Any] = {}  # noqa: RUF012 - it is never changed
+    flags: Sequence[str] = ()
+    code: int = 1
+
+
+TROUBLE = {
+    "No API keys found!": Trouble(variables=NO_KEYS),
+    "is not read: pip install python-dotenv": Trouble(variables={"PYTHONPATH": "broken"}, code=0),
+    "401 Client Error": Trouble([error("groq", "bad_key")]),
+    "402 Client Error": Trouble([Reply(402)]),
+    "429 Client Error": Trouble([rate_limited("groq", 600)]),
+    "max_tokens was used up": Trouble([THOUGHT]),
+    "answer cut at --max-tokens": Trouble([Reply(finish_reason="length")], code=0),
+    "the answer was not accepted": Trouble(flags=["--expect-json"]),
+    "silent for": Trouble([Reply(fault="silence")], flags=["--idle-timeout", "0.1"]),
+    "Max retries exceeded with url": Trouble(variables=NOBODY),
 }
+MESSAGES = [
+    name.strip("`")
+    for row in table("Message | Meaning | What to do")
+    for name in row[0].split("`, `")
+]
+
+
+def test_the_messages_are_explained() -> None:
+    """Those below, and one of the shell."""
+    assert sorted(MESSAGES) == sorted([*TROUBLE, "Argument list too long"])
+
+
+@pytest.mark.parametrize("message", TROUBLE)
+def test_a_message_is_one_of_the_program(reader: Program, message: str) -> None:
+    """It is on stderr, in a case of that kind."""
+    trouble = TROUBLE[message]
+    (reader.folder / ".env").touch()
+    (reader.folder / "broken").mkdir()
+    (reader.folder / "broken" / "dotenv.py").write_text("raise ImportError")
+    reader.emulator.plan("groq", *trouble.replies)
+    flags = ["--provider", "groq", "-m", "m", "--max-attempts", "1", *trouble.flags]
+    result = reader("?", *flags, env=trouble.variables)
+    assert result.code == trouble.code
+    assert message in result.stderr
+
+
+def test_a_long_argument_is_refused_by_the_shell(reader: Program) -> None:
+    """The same text comes through stdin."""
+    ask = "python fallback_llm.py -q"
+    text = "head -c 200000 /dev/zero | tr '\\0' a"
+    assert "Argument list too long" in shell(reader, f'{ask} "$({text})"').stderr
+    assert shell(reader, f"{text} | {ask}")[0] == 0
 
 
 @pytest.mark.parametrize(
-    "message", [m for row in table("Message | Meaning | What to do") for m in row[0].split("`, `")]
+    "name", [row[0].strip("`") for row in table("Exception | Meaning | It also has")]
 )
-def test_a_message_is_one_of_the_program(reader: Program, message: str) -> None:
-    """Each that the table explains is on stderr, in a case of that kind."""
-    message = message.strip("`")
-    changes, code, replies = TROUBLE[message]
-    reader.emulator.plan("groq", *replies)
-    result = reader("?", "--provider", "groq", "--max-attempts", "1", env=changes)
-    assert result.code == code
-    assert message in result.stderr
+def test_an_exception_has_what_the_table_says(name: str) -> None:
+    (row,) = [r for r in table("Exception | Meaning | It also has") if r[0].strip("`") == name]
+    raised = getattr(fallback_llm, name)()
+    assert isinstance(raised, FallbackLLMError)
+    names = [word for word in re.findall(r"`(\w+)`", row[2]) if word != "None"]
+    assert set(vars(raised)) == {"attempts", *names}
 
 
 def test_exit_codes(reader: Program) -> None:
