@@ -2949,8 +2949,10 @@ class Roster:
         lines.append("   " + ", ".join(row.key_env or row.name for row in rows))
         lines.extend(f"   {row.name}: {self.key_problem(row)}" for row in rows)
         variables = [row.key_env for row in rows if row.key_env]
+        unfinished = [row.key_env for row in rows if row.name in self._placeholders]
         if variables:
-            lines.append(f"   One is enough: export {variables[-1]}=...   (or put it into .env)")
+            name = (unfinished or variables)[-1]
+            lines.append(f"   One is enough: export {name}=...   (or put it into .env)")
         lines.extend(f"   {problem}" for problem in self.problems)
         raise NoProviderError("\n".join(lines))
 
@@ -3906,7 +3908,7 @@ keys: CEREBRAS_API_KEY, GROQ_API_KEY or OPENROUTER_API_KEY; one is enough. They
 are read from the environment and from .env files: in the current folder, beside
 this file and in ~/.config/fallback_llm.
 GROQ_MODELS=a,b replaces a model list, GROQ_BASE_URL (not in .env) an address.
-In a shell loop that reads lines, use --no-stdin, or better a --batch.
+In a shell loop that reads lines, use --no-stdin or, better, --batch.
 exit codes: 0 answered (--check: a provider can answer), 1 no answer, 2 wrong
 usage (nothing sent), 130 interrupted, 141 broken pipe
 https://github.com/example/fallback-llm"""
@@ -4042,7 +4044,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """One line per option: "-f, --file PATH". Only Python 3.13 does so by itself."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=25, width=81)  # argparse leaves one column free
+        super().__init__(prog, max_help_position=26, width=81)  # argparse leaves one column free
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = ", ".join(action.option_strings)
@@ -4123,14 +4125,14 @@ examples:
         help="prepend a file's contents (repeatable)",
     )
     add("-s", "--system", metavar="TEXT", help="system prompt")
-    add("--provider", metavar="NAMES", help="only these, in this order: groq,openrouter")
-    add("-m", "--model", metavar="MODEL", help="only this model, or PROVIDER:MODEL")
+    add("--provider", metavar="NAMES", help="providers to use, in order: groq,openrouter")
+    add("-m", "--model", metavar="MODEL", help="use only this model; also PROVIDER:MODEL")
     add(
         "--max-tokens",
         metavar="N",
         type=number("max_tokens"),
         default=500,
-        help="longest answer, reasoning included (default: 500)",
+        help="maximum answer length, with reasoning (default: 500)",
     )
     add(
         "--temperature",
@@ -4142,19 +4144,19 @@ examples:
         "--timeout",
         metavar="SECONDS",
         type=number("timeout"),
-        help="time limit of the whole question",
+        help="time limit for the whole question",
     )
     add(
         "--idle-timeout",
-        metavar="SEC",
+        metavar="SECONDS",
         type=number("idle_timeout"),
-        help="seconds of silence after which a model is left",
+        help="give up on a model after this much silence",
     )
     add(
         "--max-attempts",
         metavar="N",
         type=number("max_attempts"),
-        help="most requests to one model (default: 5)",
+        help="maximum requests to one model (default: 5)",
     )
     add(
         "--base-delay",
@@ -4169,7 +4171,9 @@ examples:
         help="longest single wait (default: 60.0)",
     )
     add(
-        "--disable-jitter", action="store_true", help="wait exactly so long, not 80 to 100 %% of it"
+        "--disable-jitter",
+        action="store_true",
+        help="do not shorten waits by up to a fifth at random",
     )
     add("--no-wait", action="store_true", help="on a rate limit, try another model at once")
     add("--stream", action="store_true", help="print the answer as it is written")
