@@ -320,7 +320,9 @@ class Settings:
         for value in values:
             if not is_placeholder(value):
                 return value
-        return values[0] if values else ""
+        if values:
+            return values[0]
+        return ""
 
     def _read(self, path: str) -> Dict[str, Optional[str]]:
         """The names and values of a .env file, {} if it cannot be read."""
@@ -822,7 +824,9 @@ def fields_of(part: object) -> Json:
         part = part[0] if part else None
     if isinstance(part, str):
         return {"message": part}
-    return part if isinstance(part, dict) else {}
+    if isinstance(part, dict):
+        return part
+    return {}
 
 
 def is_relayed(fields: Mapping[str, List[Any]]) -> bool:
@@ -869,11 +873,15 @@ def page_summary(text: str) -> str:
         return text
     for tag in ("title", "h1"):
         heading = re.search(rf"(?is)<{tag}[^<>]{{0,200}}>(.{{1,500}}?)</{tag}", start)
-        words = without_tags(heading.group(1)) if heading is not None else ""
+        words = ""
+        if heading is not None:
+            words = without_tags(heading.group(1))
         if words:
             return f"HTML page: {words}"
     words = without_tags(re.sub("(?is)<(style|script).{0,2000}?</", "<", start))
-    return f"HTML page: {words}" if words else "an HTML page without words"
+    if words:
+        return f"HTML page: {words}"
+    return "an HTML page without words"
 
 
 def without_tags(page: str) -> str:
@@ -922,7 +930,9 @@ def ruling_by_words(code: int, message: str) -> Optional[Ruling]:
 
     is_account = says_pair(message, ACCOUNT_NOUNS, ACCOUNT_ENDS)
     if is_account or says_pair(message, ACCOUNT_ENDS, ACCOUNT_NOUNS):
-        return DENIED if code < 500 and code != 429 else None
+        if code < 500 and code != 429:
+            return DENIED
+        return None
     is_about_model = not any(word in message for word in NOT_THE_MODEL)
     if is_about_model and says_pair(message, MODEL_NOUNS, MODEL_ENDS):
         return GONE
@@ -967,12 +977,11 @@ def ruling_by_status(code: int, report: ErrorReport, is_json: bool) -> Ruling:
     words = " ".join([message, *report.codes])
     if code == 0:
         is_limit = re.search(r"rate.?limit|too.many.requests", words)
-        return LIMITED if is_limit else FAULT
+        if is_limit:
+            return LIMITED
+        return FAULT
     if code == 403:
-        is_account = ACCOUNT_WORDS.search(words) and not re.search(r"\bmodels?\b", words)
-        if not is_json or is_account or KEY_WORDS.search(words):
-            return DENIED
-        return UNSUITABLE if BROKEN_RULES.search(words) else GONE
+        return ruling_of_forbidden(words, is_json)
     if code == 404:
         if not is_json or any(word in message for word in NOT_GONE_404):
             return UNSUITABLE
@@ -981,14 +990,28 @@ def ruling_by_status(code: int, report: ErrorReport, is_json: bool) -> Ruling:
         return STATUSES[code]
     if 300 <= code < 400:
         return DOWN
-    return UNSUITABLE if 400 <= code < 500 else FAULT
+    if 400 <= code < 500:
+        return UNSUITABLE
+    return FAULT
+
+
+def ruling_of_forbidden(words: str, is_json: bool) -> Ruling:
+    """The ruling of a 403: its words tell the account from the model and the question."""
+    is_account = ACCOUNT_WORDS.search(words) and not re.search(r"\bmodels?\b", words)
+    if not is_json or is_account or KEY_WORDS.search(words):
+        return DENIED
+    if BROKEN_RULES.search(words):
+        return UNSUITABLE
+    return GONE
 
 
 def reason_for(status: int, code: int, report: ErrorReport) -> str:
     """One line: requests' own wording for the status, then what the provider says."""
     said = report.message or " ".join(report.codes)
     if status < 300:
-        what = f"error {code} inside the reply" if code else "error inside the reply"
+        what = "error inside the reply"
+        if code:
+            what = f"error {code} inside the reply"
     else:
         try:
             phrase = HTTPStatus(code).phrase
@@ -996,7 +1019,9 @@ def reason_for(status: int, code: int, report: ErrorReport) -> str:
             phrase = "Unknown"
         kind = {3: "Redirect", 4: "Client"}.get(code // 100, "Server")
         what = f"{code} {kind} Error: {phrase}"
-    return f"{what}: {said}" if said else what
+    if said:
+        return f"{what}: {said}"
+    return what
 
 
 def host_of(url: str) -> str:
@@ -1130,7 +1155,9 @@ def parsed(body: object) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
-        return body.decode("utf-8-sig", "replace") if isinstance(body, bytes) else body
+        if isinstance(body, bytes):
+            return body.decode("utf-8-sig", "replace")
+        return body
 
 
 def dig(value: object, *path: Union[str, int]) -> Any:
@@ -1250,7 +1277,9 @@ class EventDecoder:
         """The event in a block of lines, None if it has no data."""
         if block.startswith("data: ") and "\n" not in block:
             data = block[len("data: ") :].strip()  # nearly all events look like this
-            return Event(data) if data else None
+            if data:
+                return Event(data)
+            return None
 
         data_lines = []
         kind = ""
@@ -1261,7 +1290,9 @@ class EventDecoder:
             elif name == "event":
                 kind = value.strip()
         data = "\n".join(data_lines).strip()
-        return Event(data, kind) if data else None
+        if data:
+            return Event(data, kind)
+        return None
 
 
 def events_in(chunks: Iterable[bytes]) -> Iterator[Event]:
@@ -1337,7 +1368,9 @@ class ThinkingFilter:
     def _begin_answer(self) -> str:
         self._is_through = True
         text = "".join([*self._blanks, self._held])
-        return text.lstrip() if self.has_thought else text
+        if self.has_thought:
+            return text.lstrip()
+        return text
 
 
 class ErrorInside(Exception):
@@ -1428,7 +1461,9 @@ class Draft:
         if self._refusals and is_blank(text):
             return Failure(Verdict.REFUSED, self._refusal)
         if not self.is_done and not self.finish_reason:
-            what = "the answer was cut: it has no end" if text else "the reply holds no answer"
+            what = "the reply holds no answer"
+            if text:
+                what = "the answer was cut: it has no end"
             return Failure(Verdict.FAULT, what)
         if not is_blank(text):
             return None
@@ -1516,7 +1551,9 @@ class Draft:
 
 def as_object(value: object) -> Json:
     """The value if it is a JSON object, else {}."""
-    return value if isinstance(value, dict) else {}
+    if isinstance(value, dict):
+        return value
+    return {}
 
 
 def text_of(content: object) -> str:
@@ -1650,7 +1687,9 @@ class Redactor:
         line = re.sub(r"(?i)(?<=bearer )[\w.~+/=-]{8,}", "[key]", line)
         line = re.sub(r"(?<=://)\S{1,300}@", "[key]@", line)
         line = re.sub(r"\b(org|user)_\w+", r"\1_[id]", line)
-        return line if len(line) <= 300 else line[:299] + "…"
+        if len(line) <= 300:
+            return line
+        return line[:299] + "…"
 
 
 def secret_pattern(secret: str) -> Pattern[str]:
@@ -1851,7 +1890,9 @@ class Reply:
             pieces = unpacked(pieces)
 
         size = 0
-        most = MAX_BODY if self.is_success else MAX_ERROR_BODY
+        most = MAX_ERROR_BODY
+        if self.is_success:
+            most = MAX_BODY
         try:
             for piece in pieces:
                 size += len(piece)
@@ -2122,7 +2163,9 @@ def unreachable_because(causes: Sequence[BaseException], host: str) -> Tuple[str
         return "the file with the CA certificates is missing", "check REQUESTS_CA_BUNDLE"
     if "SSL" in text or "TLS" in text or "certificate" in text:
         problem = re.search(r"certificate verify failed: ([\w -]{1,80})", text)
-        detail = problem.group(1).strip() if problem else "the TLS handshake failed"
+        detail = "the TLS handshake failed"
+        if problem:
+            detail = problem.group(1).strip()
         advice = "check the clock, REQUESTS_CA_BUNDLE and HTTPS_PROXY"
         return f"no secure connection to {host} ({detail})", advice
 
@@ -2447,7 +2490,9 @@ class Health:
 
             now = self._clock()
             candidate = slot.candidate
-            scope = "" if failure.reaches_provider else candidate.model
+            scope = candidate.model
+            if failure.reaches_provider:
+                scope = ""
             is_short = (failure.hint or 0.0) <= MAX_PACED_HINT
             is_crowd = self._open_slots > 0  # a question that is alone keeps its plain backoff
             if failure.verdict is Verdict.RATE_LIMITED and is_short and is_crowd:
@@ -2875,7 +2920,9 @@ class Roster:
             self.all_rows[row.name] = row
             listed = re.split(r"[\s,]+", settings.value(row.variable("MODELS")))
             self.models[row.name] = [name for name in listed if name] or list(row.models)
-            key = settings.value(row.key_env) if row.key_env else ""
+            key = ""
+            if row.key_env:
+                key = settings.value(row.key_env)
             if is_placeholder(key):
                 self._placeholders.add(row.name)
                 key = ""
@@ -2986,7 +3033,9 @@ class Roster:
         """The model of this provider whose id is most like the candidate's, "" if none is."""
         listed = self.models[candidate.row.name]
         near = difflib.get_close_matches(candidate.model, listed, 1, 0.7)
-        return near[0] if near and candidate.model not in listed else ""
+        if near and candidate.model not in listed:
+            return near[0]
+        return ""
 
 
 class Trail:
@@ -3100,7 +3149,9 @@ class Narrator:
         row = candidate.row
         if not is_shown:  # what broke off after its first text is told by StreamInterrupted
             line = f"❌ Error in {row.name} API request: {failure.reason}"
-            model = "" if failure.is_unreachable else candidate.model
+            model = candidate.model
+            if failure.is_unreachable:
+                model = ""
             is_retry = candidate == self._last
             self._tell(line, logging.WARNING, model, again=is_retry)
         self._last = candidate
@@ -3403,7 +3454,9 @@ class Walk:
             self._parts.statistics.add(self._trail.attempts, is_answered)
 
     def _next_step(self) -> Optional[Step]:
-        return None if self._question.cancelled.is_set() else self._line.next()
+        if self._question.cancelled.is_set():
+            return None
+        return self._line.next()
 
     def _wait_for(self, step: Step) -> Optional[Slot]:
         """Wait for a step. None if it has become void: others were refused meanwhile."""
@@ -4048,7 +4101,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = ", ".join(action.option_strings)
-        return f"{names} {action.metavar}" if action.metavar else names
+        if action.metavar:
+            return f"{names} {action.metavar}"
+        return names
 
 
 class Parser(argparse.ArgumentParser):
@@ -4074,9 +4129,13 @@ class Parser(argparse.ArgumentParser):
 
 def nearest_flag(word: str, flags: Sequence[str]) -> str:
     """The flag that a misspelt one is like, "" if none is."""
-    beginning = [flag for flag in flags if flag.startswith(word)] if len(word) > 2 else []
+    beginning = []
+    if len(word) > 2:
+        beginning = [flag for flag in flags if flag.startswith(word)]
     near = beginning or difflib.get_close_matches(word, flags, 1, 0.75)
-    return near[0] if near else ""
+    if near:
+        return near[0]
+    return ""
 
 
 def number(name: str) -> Callable[[str], float]:
@@ -4206,7 +4265,9 @@ examples:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options. Raises UsageError."""
-    prog = os.path.basename(sys.argv[0]) if sys.argv else ""
+    prog = ""
+    if sys.argv:
+        prog = os.path.basename(sys.argv[0])
     if not re.fullmatch(r"[\w.-]*fallback[\w.-]*", prog):
         prog = "fallback_llm.py"  # python - < fallback_llm.py
     parser = make_parser(prog)
@@ -4514,7 +4575,9 @@ def check(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
             table.append([report["provider"], report["key"], seconds, "; ".join(notes)])
         for line in columns(table):
             console.put(line.translate(CONTROLS) + "\n")
-    return 0 if any(report["served"] for report in reports) else 1
+    if any(report["served"] for report in reports):
+        return 0
+    return 1
 
 
 def check_provider(llm: FallbackLLM, row: Provider) -> Json:
@@ -4860,7 +4923,9 @@ class Batch:
     def _tell_progress(self) -> None:
         """Done, failed, speed, time left, who answers, who is rate-limited."""
         now = time.monotonic()
-        pause = REDRAW_PAUSE if self._console.has_terminal else PROGRESS_PAUSE
+        pause = PROGRESS_PAUSE
+        if self._console.has_terminal:
+            pause = REDRAW_PAUSE
         if self._args.quiet or now - self._told_at < pause:
             return
         self._told_at = now
@@ -4887,7 +4952,9 @@ class Batch:
         failed = sum(self._reasons.values())
         answered = sum(self._counts.values())
         if failed or not self._args.quiet:
-            before = f", {len(self._answered)} answered before" if self._answered else ""
+            before = ""
+            if self._answered:
+                before = f", {len(self._answered)} answered before"
             if self._console.has_terminal:
                 self._console.redraw("")
             self._console.say(f"{answered} answered, {failed} failed{before}")
@@ -4896,7 +4963,9 @@ class Batch:
             self._console.say(f"   {count} x {reason}")
         if failed and self._args.output is not None:
             self._console.say("   Run the same command again to ask the failed ones again.")
-        return 1 if failed else 0
+        if failed:
+            return 1
+        return 0
 
     def _tell_interruption(self) -> None:
         saved = sum(self._counts.values()) + len(self._answered)
