@@ -975,11 +975,8 @@ def ruling_by_status(code: int, report: ErrorReport, is_json: bool) -> Ruling:
     """
     message = report.message.lower()
     words = " ".join([message, *report.codes])
-    if code == 0:
-        is_limit = re.search(r"rate.?limit|too.many.requests", words)
-        if is_limit:
-            return LIMITED
-        return FAULT
+    if code == 0 and re.search(r"rate.?limit|too.many.requests", words):
+        return LIMITED
     if code == 403:
         return ruling_of_forbidden(words, is_json)
     if code == 404:
