@@ -3643,7 +3643,7 @@ class FallbackLLM:
         clock: Clock = time.monotonic,
         wall_clock: Clock = time.time,
         sleep: Callable[[float], object] = time.sleep,
-        chance: Clock = random.random,
+        chance: Optional[Clock] = None,
         session: object = None,
     ) -> None:
         """Make a client. A missing key is no error here.
@@ -3679,7 +3679,7 @@ class FallbackLLM:
             transport=Transport(clock, wall_clock, session),
             clock=clock,
             sleep=sleep,
-            chance=chance,
+            chance=random.random if chance is None else chance,
         )
         renew_after_fork(self._parts)
 
