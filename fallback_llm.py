@@ -360,6 +360,7 @@ class Settings:
         return dict(values)
 
     def _complain(self, problem: str) -> None:
+        """Keep a problem for the message about missing keys, and log it."""
         self.problems.append(problem)
         logger.warning("⚠️  %s", problem)
 
@@ -614,6 +615,7 @@ class Failure(Exception):
 
     @property
     def rule(self) -> VerdictRule:
+        """What follows from the verdict."""
         return VERDICT_RULES[self.verdict]
 
 
@@ -885,6 +887,7 @@ def page_summary(text: str) -> str:
 
 
 def without_tags(page: str) -> str:
+    """The words of a page, without its tags."""
     return shortened(re.sub("<[^<>]{0,200}>", " ", page), 200)
 
 
@@ -956,12 +959,14 @@ def says_pair(message: str, nouns: Sequence[str], ends: Sequence[str]) -> bool:
 
 @functools.lru_cache(maxsize=None)
 def phrase_pattern(phrase: str) -> Pattern[str]:
+    """A compiled phrase, in which … has become a gap."""
     # The gap is bounded, so that searching a long message takes linear time.
     return re.compile(".{0,120}?".join(re.escape(part) for part in phrase.split(" … ")))
 
 
 @functools.lru_cache(maxsize=None)
 def pair_pattern(nouns: Tuple[str, ...], ends: Tuple[str, ...]) -> Pattern[str]:
+    """A noun, a short gap, and an ending, compiled."""
     either_noun = "|".join(map(re.escape, nouns))
     either_end = "|".join(map(re.escape, ends))
     return re.compile(rf"\b(?:{either_noun}).{{0,80}}?(?:{either_end})")
@@ -1260,6 +1265,7 @@ class EventDecoder:
         return events
 
     def _events_of(self, blocks: Iterable[str]) -> List[Event]:
+        """The events of these blocks; blocks without one are kept as a plain body."""
         events = []
         for block in blocks:
             event = self._event_of(block)
@@ -1353,6 +1359,7 @@ class ThinkingFilter:
         return self._begin_answer()
 
     def _feed_thought(self, text: str) -> str:
+        """Drop a piece of the thought; what follows its end is the answer."""
         self._held += text
         _, tag, after = self._held.partition("</think>")
         if not tag:
@@ -1363,6 +1370,7 @@ class ThinkingFilter:
         return self.feed(after)
 
     def _begin_answer(self) -> str:
+        """Let through what was held back, and everything from now on."""
         self._is_through = True
         text = "".join([*self._blanks, self._held])
         if self.has_thought:
@@ -1415,6 +1423,7 @@ class Draft:
 
     @property
     def text(self) -> str:
+        """The text so far."""
         return "".join(self.texts)
 
     def take(self, event: Event) -> str:
@@ -1474,6 +1483,7 @@ class Draft:
 
     @property
     def _refusal(self) -> str:
+        """The model's own words of refusal."""
         return shortened("".join(self._refusals))
 
     def _take_malformed(self, event: Event, said: object) -> None:
@@ -1522,6 +1532,7 @@ class Draft:
         return shown
 
     def _finish(self, finish_reason: str, has_text: bool) -> None:
+        """Note how the answer ended."""
         if not self.finish_reason:
             self.is_progress = True
             self.is_settled = not has_text
@@ -1530,6 +1541,7 @@ class Draft:
     def _raise_error_inside(
         self, said: Json, choice: Json, groq: Json, finish_reason: object
     ) -> None:
+        """Raise ErrorInside if the event carries an error, wherever it is."""
         error = said.get("error") or choice.get("error") or groq.get("error")
         if finish_reason == "error" and not error:
             error = choice.get("native_finish_reason") or "finish_reason error"
@@ -1581,6 +1593,7 @@ def usage_figures(usage: object) -> Json:
 
 
 def is_finite_number(value: object) -> bool:
+    """Whether the value is a number that JSON can carry."""
     return isinstance(value, (int, float)) and abs(value) < 1e300
 
 
@@ -1719,6 +1732,7 @@ class BoundedStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> Optional[int]:
+        """Read what is there, within the time that is left."""
         left = self._limit.left()
         if left <= 0:
             raise socket.timeout("timed out")
@@ -1742,6 +1756,7 @@ class BoundedResponse:
         cast(Any, self).fp = io.BufferedReader(stream, READ_SIZE)
 
     def begin(self) -> None:
+        """Read the headers, and forget malformed ones."""
         super().begin()  # type: ignore[misc]
         # urllib3 would log a header line without a colon, and a key may be in it.
         headers = cast(Any, self).msg
@@ -1755,6 +1770,7 @@ class BoundedConnection:
     limits: threading.local
 
     def connect(self) -> None:
+        """Note that this exchange opened the connection."""
         self.limits.current.has_connected = True
         super().connect()  # type: ignore[misc]
 
@@ -2365,6 +2381,7 @@ class Pace:
             self._set_gap()
 
     def _set_gap(self) -> None:
+        """The gap that the last measurement gives."""
         measured = MARGIN * self._span / self._spent
         self._gap = max(MIN_GAP, min(self._most, measured))
 
@@ -2546,6 +2563,7 @@ class Health:
         return self._pace(name, ""), self._pace(name, candidate.model)
 
     def _pace(self, name: str, model: str) -> Pace:
+        """The pace of a model, "" for the account."""
         if (name, model) not in self._paces:
             pace = Pace(is_account=model == "")
             if self._limit_was_met:
@@ -2585,6 +2603,7 @@ class Health:
             seen.consecutive_failures = 0
 
     def _clear_dropped(self) -> None:
+        """End the slots that were dropped; the caller holds the lock."""
         while self._dropped:
             slot, answered_since = self._dropped.popleft()
             self._end(slot)
@@ -2780,6 +2799,7 @@ class Queue:
         return [option for _, option in ranked]
 
     def _option(self, turn: Turn, outlook: Outlook, now: float) -> Option:
+        """The turn as it stands now, with our own pacing."""
         # Less than a microsecond is a clock's rounding.
         wait = max(0.0, round(max(turn.ready_at, outlook.ready_at) - now, 6))
         patience = min(turn.patience, (self.deadline - now) / 2)
@@ -2858,6 +2878,7 @@ class Statistics:
         self.renew_lock()
 
     def renew_lock(self) -> None:
+        """Begin with a free lock, as each process must after a fork."""
         self._lock = threading.Lock()
 
     def add(self, trail: Sequence[Attempt], is_answered: bool) -> None:
@@ -2877,16 +2898,19 @@ class Statistics:
                 self._lock.release()
 
     def totals(self) -> Dict[str, int]:
+        """The counts, by name."""
         with self._lock:
             self._fold()
             return dict(zip(self.NAMES, self._totals))
 
     def reset(self) -> None:
+        """Set all counts to zero."""
         with self._lock:
             self._fold()
             self._totals = [0] * len(self.NAMES)
 
     def _fold(self) -> None:
+        """Add what is new to the totals; the caller holds the lock."""
         while self._new:
             counts = self._new.popleft()
             self._totals = [total + count for total, count in zip(self._totals, counts)]
@@ -3113,6 +3137,7 @@ class Narrator:
         self._last: Optional[Candidate] = None
 
     def asking(self, candidate: Candidate) -> None:
+        """Tell who is asked now, and that another one failed before."""
         name = candidate.row.name
         if self._last is not None and self._last != candidate:
             last_name, last_model = self._last.row.name, self._last.model
@@ -3124,6 +3149,7 @@ class Narrator:
         self._provider = name
 
     def waiting(self, step: Step) -> None:
+        """Tell how long the question waits, and why."""
         name = step.turn.candidate.row.name
         if step.turn.attempts:
             self._tell(f"⏳ Waiting {step.wait:.2f}s before retry...", again=True)
@@ -3131,6 +3157,7 @@ class Narrator:
             self._tell(f"⏳ Waiting {step.wait:.2f}s: {name} is rate-limited", again=True)
 
     def answered(self, candidate: Candidate, trail: Trail) -> None:
+        """Tell of the answer, and of what is wrong with it."""
         name = candidate.row.name
         number = trail.attempts[-1].number
         self._tell(f"✅ Success with {name} {candidate.model} on attempt {number}")
@@ -3142,6 +3169,7 @@ class Narrator:
             self._tell(ANSWER_CUT, logging.WARNING)
 
     def failed(self, turn: Turn, failure: Failure, is_shown: bool) -> None:
+        """Tell why an attempt failed, and what to do about a key."""
         candidate = turn.candidate
         row = candidate.row
         if not is_shown:  # what broke off after its first text is told by StreamInterrupted
@@ -3163,6 +3191,7 @@ class Narrator:
     def _tell(
         self, line: str, level: int = logging.INFO, model: str = "", again: bool = False
     ) -> None:
+        """Log a line, unless it was told before or nobody listens any more."""
         if self._cancelled.is_set():
             return
         if again or (model, line) not in self._told:
@@ -3223,6 +3252,7 @@ class Workers:
             self._todo.put(None)
 
     def _work(self) -> None:
+        """Call the function for one item after the other, until there is a None."""
         for number, item in iter(self._todo.get, None):
             try:
                 self._done.put((number, self._function(item), None))
@@ -3387,11 +3417,13 @@ def renew_after_fork(parts: Parts) -> None:
 
 @functools.lru_cache(maxsize=None)
 def register_once() -> None:
+    """Have `renew_all` called in each child process."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=renew_all)
 
 
 def renew_all() -> None:
+    """Give all clients of this process connections and locks of their own."""
     for parts in FORKED:
         parts.renew()
 
@@ -3451,6 +3483,7 @@ class Walk:
             self._parts.statistics.add(self._trail.attempts, is_answered)
 
     def _next_step(self) -> Optional[Step]:
+        """What to do next; None when nobody is left, or the question was cancelled."""
         if self._question.cancelled.is_set():
             return None
         return self._line.next()
@@ -3914,6 +3947,7 @@ class FallbackLLM:
     def _answers(
         self, questions: Iterable[Union[str, Json]], max_workers: int, common: Json
     ) -> Iterator[Union[Answer, FallbackLLMError, ValueError]]:
+        """The results of `ask_many`."""
         cancelled = threading.Event()
 
         def answer(asked: Union[str, Json]) -> Union[Answer, FallbackLLMError, ValueError]:
@@ -3999,6 +4033,7 @@ class Console:
         self._write(text.translate(CONTROLS) + end)
 
     def _write(self, text: str) -> None:
+        """Write to stderr; give it up if that fails."""
         try:
             sys.stderr.write(text)
             sys.stderr.flush()
@@ -4047,6 +4082,7 @@ class Console:
 
 
 def is_terminal(stream: Optional[IO[str]]) -> bool:
+    """Whether the stream is there and leads to a terminal."""
     try:
         return stream is not None and stream.isatty()
     except ValueError:  # it is closed
@@ -4054,6 +4090,7 @@ def is_terminal(stream: Optional[IO[str]]) -> bool:
 
 
 def can_encode(stream: Optional[IO[str]], text: str) -> bool:
+    """Whether the stream's encoding has all characters of the text."""
     try:
         text.encode(getattr(stream, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
@@ -4082,6 +4119,7 @@ class ConsoleHandler(logging.Handler):
         self._shows_cuts = args.batch is None
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Show a record that is important enough for the flags."""
         message = record.getMessage()
         is_cut = message == ANSWER_CUT and self._shows_cuts
         if is_cut:
@@ -4104,7 +4142,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
+    """An argument parser that raises UsageError, with a suggestion, instead of exiting."""
+
     def long_flags(self) -> List[str]:
+        """All flags that begin with --."""
         names = [name for action in self._actions for name in action.option_strings]
         return [name for name in names if name.startswith("--")]
 
@@ -4537,6 +4578,7 @@ class AnswerPrinter:
             self.end()
 
     def feed(self, text: str) -> None:
+        """Print a piece, but for newlines that may turn out to be the last ones."""
         self._held += text.translate(CONTROLS)
         if not self._has_begun:
             if not self._held.strip():
@@ -4549,6 +4591,7 @@ class AnswerPrinter:
         self._console.put(shown)
 
     def end(self) -> None:
+        """End the line of the answer."""
         if self._has_begun:
             self._console.end_line()
 
@@ -4642,6 +4685,7 @@ def list_models(llm: FallbackLLM, args: argparse.Namespace, console: Console) ->
 
 
 def say_statistics(llm: FallbackLLM, console: Console) -> None:
+    """Write the five documented lines to stderr."""
     lines = ["\n📊 Usage Statistics:"]
     lines.extend(f"   {name}: {count}" for name, count in llm.get_stats().items())
     console.say("\n".join(lines))
@@ -4907,6 +4951,7 @@ class Batch:
             self._tell_progress()
 
     def _write(self, record: Json) -> None:
+        """Write a record to the output, or to stdout."""
         if self._output is None:
             self._console.put_json(record)
         else:
@@ -4965,6 +5010,7 @@ class Batch:
         return 0
 
     def _tell_interruption(self) -> None:
+        """Say how many answers are saved, and how to resume."""
         saved = sum(self._counts.values()) + len(self._answered)
         if self._args.output is not None:
             self._console.say(
@@ -4993,6 +5039,7 @@ def read_line(number: int, data: bytes) -> Line:
 
 
 def is_id(value: object) -> bool:
+    """Whether the value can identify a question."""
     return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
