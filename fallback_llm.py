@@ -3439,7 +3439,6 @@ class Walk:
         self._parts = parts
         self._config = config
         self._narrator = Narrator(config, question.cancelled)
-        self._begin()
 
     def _begin(self) -> None:
         """Start the clock of the question: a stream may be read long after it was made."""
@@ -4213,6 +4212,11 @@ examples:
     parser.add_argument("question", nargs="*", help=argparse.SUPPRESS)
     group = parser.add_argument_group("options (a lone - reads the question from stdin)")
     add = group.add_argument
+
+    def add_number(flag: str, metavar: str, text: str, default: Optional[int] = None) -> None:
+        read = number(flag[2:].replace("-", "_"))
+        add(flag, metavar=metavar, type=read, default=default, help=text)
+
     loudness = group.add_mutually_exclusive_group()
     add(
         "-f",
@@ -4224,49 +4228,15 @@ examples:
     add("-s", "--system", metavar="TEXT", help="system prompt")
     add("--provider", metavar="NAMES", help="providers to use, in order: groq,openrouter")
     add("-m", "--model", metavar="MODEL", help="use only this model; also PROVIDER:MODEL")
-    add(
-        "--max-tokens",
-        metavar="N",
-        type=number("max_tokens"),
-        default=500,
-        help="maximum answer length, with reasoning (default: 500)",
+    add_number(
+        "--max-tokens", "N", "maximum answer length, with reasoning (default: 500)", default=500
     )
-    add(
-        "--temperature",
-        metavar="T",
-        type=number("temperature"),
-        help="from 0 to 2 (default: the model's own)",
-    )
-    add(
-        "--timeout",
-        metavar="SECONDS",
-        type=number("timeout"),
-        help="time limit for the whole question",
-    )
-    add(
-        "--idle-timeout",
-        metavar="SECONDS",
-        type=number("idle_timeout"),
-        help="give up on a model after this much silence",
-    )
-    add(
-        "--max-attempts",
-        metavar="N",
-        type=number("max_attempts"),
-        help="maximum requests to one model (default: 5)",
-    )
-    add(
-        "--base-delay",
-        metavar="SECONDS",
-        type=number("base_delay"),
-        help="first wait, doubled each time (default: 2.0)",
-    )
-    add(
-        "--max-delay",
-        metavar="SECONDS",
-        type=number("max_delay"),
-        help="longest single wait (default: 60.0)",
-    )
+    add_number("--temperature", "T", "from 0 to 2 (default: the model's own)")
+    add_number("--timeout", "SECONDS", "time limit for the whole question")
+    add_number("--idle-timeout", "SECONDS", "give up on a model after this much silence")
+    add_number("--max-attempts", "N", "maximum requests to one model (default: 5)")
+    add_number("--base-delay", "SECONDS", "first wait, doubled each time (default: 2.0)")
+    add_number("--max-delay", "SECONDS", "longest single wait (default: 60.0)")
     add(
         "--disable-jitter",
         action="store_true",
@@ -4284,12 +4254,7 @@ examples:
     add("--list-models", action="store_true", help="print PROVIDER<tab>MODEL")
     add("--batch", metavar="FILE", help="ask each line: text, or JSON with question, id ...")
     add("-o", "--output", metavar="FILE", help="answers of a batch; run again to resume")
-    add(
-        "--workers",
-        metavar="N",
-        type=number("workers"),
-        help="concurrent requests of a batch (default: 8)",
-    )
+    add_number("--workers", "N", "concurrent requests of a batch (default: 8)")
     add(
         "-V",
         "--version",
@@ -4316,14 +4281,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     read = parser.parse_args if "--" in words else parser.parse_intermixed_args
     args = read(words)
     args.usage = short_usage(parser)
-    check_combinations(args)
+    if args.output == "-":
+        args.output = None  # stdout, as without it
+    check_modes(args)
+    check_values(args)
     return args
 
 
-def check_combinations(args: argparse.Namespace) -> None:
-    """Raise UsageError for options that do not go together."""
-    if args.output == "-":
-        args.output = None  # stdout, as without it
+def check_modes(args: argparse.Namespace) -> None:
+    """Raise UsageError if more than one thing is to be done."""
     modes = []
     for name in ("check", "list_models", "batch"):
         if getattr(args, name) not in (None, False):
@@ -4332,7 +4298,6 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise UsageError(f"{modes[1]} is not allowed with {modes[0]}")
     if modes and (args.question or args.file):
         raise UsageError(f"{modes[0]} takes no question")
-    check_values(args)
 
 
 def check_values(args: argparse.Namespace) -> None:
