@@ -27,7 +27,18 @@ import struct
 import threading
 import time
 from email.utils import formatdate
-from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Sequence, Union
+from typing import (
+    Any,
+    Callable,
+    ClassVar,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Sequence,
+    Union,
+)
 from urllib.parse import urlsplit
 
 Json = Dict[str, Any]
@@ -995,6 +1006,18 @@ SIZED, ENDLESS = ("drip", "short"), ("keep-alives", "huge")  # with a content-le
 
 
 # --- The server ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def dead_address() -> Iterator[Any]:
+    """An address that answers nothing: the queue of its port is full."""
+    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for queued in (first, second):
+            queued.setblocking(False)
+            queued.connect_ex(full.getsockname())
+        yield full.getsockname()
 
 
 class Emulator:

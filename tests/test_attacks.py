@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, NamedTuple
 
 import pytest
-from emulator import Emulator
+from emulator import Emulator, dead_address
 from fakes import DONE, event
 
 from fallback_llm import (
@@ -660,18 +660,6 @@ def test_nobody_waits_for_the_models_list_of_another_thread(serve: Serve) -> Non
     other.join()
     # The other one was still waiting for its list, or it would have no answer.
     assert [answer.model for answer in answers] == ["new"]
-
-
-@contextlib.contextmanager
-def dead_address() -> Iterator[Any]:
-    """An address that answers nothing: the queue of its port is full."""
-    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        for queued in (first, second):
-            queued.setblocking(False)
-            queued.connect_ex(full.getsockname())
-        yield full.getsockname()
 
 
 def give_addresses(monkeypatch: pytest.MonkeyPatch, *addresses: Any) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 import pytest
-from emulator import Emulator, Reply, document, error, events, rate_limited
+from emulator import Emulator, Reply, dead_address, document, error, events, rate_limited
 from fakes import World, says
 
 from fallback_llm import (
@@ -167,13 +167,8 @@ def test_the_first_in_line_gets_half_of_the_time(here: Emulator, verb: Any, faul
 
 def test_the_time_limit_holds_while_connecting(bare: Path) -> None:
     """A port whose queue is full takes no more connections."""
-    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        for client in (first, second):
-            client.setblocking(False)
-            client.connect_ex(full.getsockname())
-        url = f"http://127.0.0.1:{full.getsockname()[1]}/v1"
+    with dead_address() as (host, port):
+        url = f"http://{host}:{port}/v1"
         llm = FallbackLLM(ONCE, providers=[Provider("x", url, None, ("m",))])
         started = time.monotonic()
         assert llm.ask("Where?", timeout=0.3) == ""
