@@ -20,6 +20,7 @@ from typing import IO, Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import pytest
 from emulator import Asked, Emulator, Reply
+from peers import Script, Serve, Server
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `import fallback_llm`
 
@@ -281,6 +282,17 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def serve(bare: Path) -> Iterator[Serve]:
+    """Starts servers; the end of the test ends them."""
+    with contextlib.ExitStack() as servers:
+
+        def start(script: Script, **settings: Any) -> Server:
+            return servers.enter_context(Server(script, **settings))
+
+        yield start
 
 
 @pytest.fixture(scope="session")
