@@ -278,7 +278,8 @@ def emulator() -> Iterator[Emulator]:
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty folder to work in, and an environment without keys, addresses, models, proxies."""
     for name in list(os.environ):
-        if name.upper().endswith(("_API_KEY", "_BASE_URL", "_MODELS", "_PROXY")):
+        endings = ("_API_KEY", "_BASE_URL", "_MODELS", "_PROXY", "FALLBACK_LLM_PROVIDERS")
+        if name.upper().endswith(endings):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
