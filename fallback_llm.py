@@ -5,15 +5,15 @@
 # ///
 """Ask a language model, and get an answer even when providers fail.
 
-Each question works its way along a queue of candidates, which are (provider, model) pairs,
-until one of them gives a complete, non-empty answer:
+Each question works its way along a queue of candidates, which are models of providers, until one
+of them gives a complete, non-empty answer:
 
     cerebras m1 ─┬─ a whole answer ──────────► done
                  ├─ 429, short wait ─────────► wait, then ask m1 again
                  ├─ 429, long wait ────────┐
                  ├─ 5xx, empty, cut, silent ┴► m1 goes to the end of the line; ask the next one
-                 ├─ 400, 404 … ──────────────► m1 is out; ask the next one
-                 ├─ 401, 402 … ──────────────► all of cerebras is out; ask the next one
+                 ├─ 400, 402, 404 … ─────────► m1 is out; ask the next one
+                 ├─ 401 … ───────────────────► all of cerebras is out; ask the next one
                  └─ content refused ─────────► stop: no other model is asked
     cerebras m2, groq m1 … openrouter m4       nobody left: the question has failed
 
@@ -21,14 +21,14 @@ The file reads from top to bottom; each section uses only the sections above it:
 
     1  settings             RetryConfig, Provider, PROVIDERS, where keys and lists come from
     2  results and errors   Answer, Attempt, Verdict, ProviderHealth, the exceptions
-    3  judging              what a reply means, and how long a server asks us to wait
-    4  wire format          request bodies, server-sent events, the answer being put together
+    3  judging              RULES: what a reply means, and how long a server asks us to wait
+    4  wire format          questions, server-sent events, the answer being put together
     5  Transport            one HTTP exchange within its time limits
-    6  Health               what is known of providers and models across questions
-    7  Queue                one question's candidates: which is next, and how long to wait
-    8  FallbackLLM          the public methods and the walk
-    9  command line         options, output, one function per command
-    10 Batch                many questions from a file to a file
+    6  Health               what is known of models and accounts across questions; pacing
+    7  Roster, Queue        who can be asked, who is next, and how long to wait
+    8  FallbackLLM          the public methods, the walk, and what is told of it
+    9  Batch                many questions from a file to a file
+    10 command line         options, output, one function per command
 
 All times are in seconds.
 """
@@ -36,16 +36,14 @@ All times are in seconds.
 from __future__ import annotations
 
 import argparse
-import base64
 import codecs
 import collections
 import contextlib
+import contextvars
 import dataclasses
-import difflib
+import datetime
 import enum
-import fnmatch
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -55,11 +53,9 @@ import os
 import queue
 import random
 import re
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -89,25 +85,29 @@ from typing import (
     Union,
     cast,
 )
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 if TYPE_CHECKING:
     import requests  # imported late when the program runs: it takes longer than all the rest
 
-__version__ = "2.0.0"
+__version__ = "2.1.0"
 __all__ = [
     "PROVIDERS",
+    "Account",
     "AllProvidersFailed",
     "Answer",
     "AnswerRefused",
     "Attempt",
+    "CheckReport",
     "FallbackLLM",
     "FallbackLLMError",
+    "ModelList",
     "NoProviderError",
     "Provider",
     "ProviderHealth",
     "ProviderStatus",
     "RetryConfig",
+    "Stream",
     "StreamInterrupted",
     "Verdict",
 ]
@@ -116,6 +116,11 @@ Json = Dict[str, Any]
 Clock = Callable[[], float]
 
 logger = logging.getLogger("fallback_llm")
+
+
+def __dir__() -> List[str]:
+    """What tab completion shows: the public names."""
+    return [*__all__, "__doc__", "__version__", "main"]
 
 
 # --- 1. Settings --------------------------------------------------------------------------------
@@ -145,16 +150,31 @@ NUMBER_RULES = {
     "idle_timeout": LIMIT_RULE,
     "temperature": NumberRule(float, 0, 2, "a number from 0 to 2"),
 }
+KEY_PREFIX = re.compile(r"(?i)\b(csk-|gsk_|sk-|xai-|hf_|aiza)[\w-]{8,}")  # of well-known keys
 
 
-def check_number(name: str, value: object) -> None:
-    """Raise ValueError, naming the parameter and its limits, if the value breaks its rule."""
+def quoted(value: object, most: int = 20) -> str:
+    """The value for a message. What may be a key, such as a long text, is only described."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    if not isinstance(value, str):
+        return f"a value of type {type(value).__name__}"
+    if len(value) > most or KEY_PREFIX.search(value):
+        return f"a text of {len(value)} characters"
+    return repr(value)
+
+
+def check_number(name: str, value: object) -> float:
+    """The value as a number. Raises ValueError, naming the parameter, if it breaks its rule."""
     rule = NUMBER_RULES[name]
+    if rule.kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 100.0, as pandas writes a column with gaps
     is_number = isinstance(value, (int, rule.kind)) and not isinstance(value, bool)
 
     # NaN is in no range.
     if not is_number or not rule.lowest <= cast(float, value) <= rule.highest:
-        raise ValueError(f"{name} must be {rule.allowed}, not {value!r:.60}")
+        raise ValueError(f"{name} must be {rule.allowed}, not {quoted(value)}")
+    return cast(float, value)
 
 
 def number_of(value: float) -> str:
@@ -178,11 +198,16 @@ class RetryConfig:
     wait_on_rate_limit: bool = True  # False: try another model instead of waiting
 
     def __post_init__(self) -> None:
+        self.max_attempts = int(check_number("max_attempts", self.max_attempts))
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError for a field that is invalid, also if it was changed since."""
         for name in ("max_attempts", "base_delay", "max_delay", "exponential_base"):
             check_number(name, getattr(self, name))
         if self.max_delay < self.base_delay:
-            delays = number_of(self.max_delay), number_of(self.base_delay)
-            raise ValueError("max_delay ({}) is below base_delay ({})".format(*delays))
+            low, high = number_of(self.max_delay), number_of(self.base_delay)
+            raise ValueError(f"max_delay ({low}) is below base_delay ({high})")
 
     def backoff(self, failures: int) -> float:
         """Seconds to wait after this many failures, before jitter."""
@@ -204,6 +229,7 @@ class Provider:
     models: Tuple[str, ...]  # in the order in which they are asked
     idle_timeout: float = 60.0  # seconds without progress that end an attempt
     key_url: str = ""  # where to get a key
+    key_note: str = ""  # why to begin with this provider
     key_path: str = "/models"  # a GET of this path shows whether a key is accepted
     free_only: bool = False  # models found in the provider's list must be free of charge
     defaults: Dict[str, Json] = dataclasses.field(default_factory=dict, hash=False)
@@ -212,9 +238,18 @@ class Provider:
     def __post_init__(self) -> None:
         check_number("idle_timeout", self.idle_timeout)
         if not isinstance(self.name, str) or not re.fullmatch(r"[a-z0-9_.-]+", self.name):
-            raise ValueError(f"a provider's name must be in lower case, not {self.name!r:.60}")
-        if isinstance(self.models, str):
-            raise ValueError(f"models of {self.name} must be several, such as ({self.models!r},)")
+            raise ValueError(f"a provider's name must be in lower case, not {quoted(self.name)}")
+        if not isinstance(self.base_url, str):
+            raise ValueError(f"base_url of {self.name} must be a text, not {quoted(self.base_url)}")
+        is_name = isinstance(self.key_env, str) and re.fullmatch("[A-Z_][A-Z0-9_]*", self.key_env)
+        if self.key_env is not None and not is_name:
+            # What stands there may be the key itself.
+            example = self.variable("API_KEY")
+            raise ValueError(
+                f"key_env of {self.name} must be the name of an environment variable, "
+                f"such as {example}, or None; a key goes into api_keys or into that variable"
+            )
+        check_models(f"models of {self.name}", self.models)
         object.__setattr__(self, "models", tuple(self.models))
 
     def variable(self, suffix: str) -> str:
@@ -230,11 +265,22 @@ class Provider:
         return parameters
 
 
+def check_models(name: str, models: object) -> None:
+    """Raise ValueError unless these are the ids of models, in a list or a tuple."""
+    is_list = isinstance(models, (list, tuple))
+    if not is_list or not all(isinstance(m, str) and m.strip() for m in cast(List[str], models)):
+        raise ValueError(
+            f"{name} must be a list of model ids, such as ['m1'], not {quoted(models)}"
+        )
+
+
 # Models that think before they answer can spend a small max_tokens on thinking alone, so they
 # are asked to think little or not at all. gpt-oss accepts "low" and rejects "none" (2026-10);
 # qwen3.8 accepts "none" on Groq, and OpenRouter switches reasoning off for every model (2026-10).
+# Free nemotron otherwise writes its thoughts into the answer (2026-09).
 THINK_LITTLE: Json = {"reasoning_effort": "low"}
 THINK_NOT: Json = {"reasoning_effort": "none"}
+REASONING_OFF: Json = {"reasoning": {"enabled": False}}
 
 # Model ids as of October 2026. If all of a row's models are gone, the provider's list is fetched.
 PROVIDERS: Tuple[Provider, ...] = (
@@ -254,6 +300,7 @@ PROVIDERS: Tuple[Provider, ...] = (
         models=("openai/gpt-oss-120b", "openai/gpt-oss-20b", "qwen/qwen3.8-27b"),
         idle_timeout=10.0,
         key_url="https://console.groq.com/keys",
+        key_note="free, no credit card",
         defaults={"gpt-oss": THINK_LITTLE, "qwen3.8": THINK_NOT},
     ),
     Provider(
@@ -270,16 +317,21 @@ PROVIDERS: Tuple[Provider, ...] = (
         key_url="https://openrouter.ai/settings/keys",
         key_path="/key",  # its models list accepts any key
         free_only=True,
-        defaults={"qwen3.8": {"reasoning": {"enabled": False}}},
+        defaults={"qwen3.8": REASONING_OFF, "nemotron": REASONING_OFF},
     ),
 )
 
-MAX_ENV_FILE = 65536  # characters; python-dotenv needs minutes for a larger file of blanks
+MAX_ENV_FILE = 65536  # bytes; python-dotenv needs minutes for a larger file of blanks
 
 
 def stripped(value: Optional[str]) -> str:
     """The value without any whitespace or quotation marks pasted around it."""
     return (value or "").strip(" \t\r\n\"'")
+
+
+def only_placeholders(value: str) -> bool:
+    """Whether none of these keys, which may be several as "a,b", is a real one."""
+    return all(is_placeholder(stripped(part)) for part in value.split(","))
 
 
 def is_placeholder(value: str) -> bool:
@@ -297,6 +349,45 @@ def is_placeholder(value: str) -> bool:
     return len(last_part) >= 3 and not last_part.strip("x")
 
 
+def flaw_of(key: str) -> str:
+    """What is wrong with a key, "" if it can be sent."""
+    if not key:
+        return "is not set"
+    if is_placeholder(key):
+        return "holds a placeholder"
+    if "$" in key:
+        return "contains a $, but references are not expanded: write the key itself"
+    if "#" in key:
+        return "contains a #: put a comment on a line of its own"
+    if not re.fullmatch("[!-~]+", key):
+        return "contains a character that cannot be in a key"
+    return ""
+
+
+def decoded(data: bytes) -> str:
+    """The text in these bytes: UTF-8, or UTF-16 or UTF-32 with a mark or with every other byte 0.
+
+    Other bytes are taken for Windows-1252, which they probably are. Raises ValueError for binary
+    data.
+    """
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return data.decode("utf-32")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+
+    start = data[:1000]
+    zeros_even, zeros_odd = start[0::2].count(0), start[1::2].count(0)
+    half = len(start) // 2
+    if len(data) % 2 == 0 and half >= 1 and max(zeros_even, zeros_odd) > 0.7 * half:
+        return data.decode("utf-16-be" if zeros_even > zeros_odd else "utf-16-le")
+    if 0 in data:
+        raise ValueError("this is a binary file, not text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
+
+
 class Settings:
     """The keys and model lists that the environment and the .env files hold.
 
@@ -308,21 +399,26 @@ class Settings:
 
     def __init__(self) -> None:
         self.problems: List[str] = []  # .env files that could not be used, and why
-        self._sources: List[Mapping[str, Optional[str]]] = [os.environ]
+        self._sources: Dict[str, Mapping[str, Optional[str]]] = {"the environment": os.environ}
         for path in env_files():
             if os.path.isfile(path):
-                self._sources.append(self._read(path))
+                self._sources[path] = self._read(path)
 
-    def value(self, name: str) -> str:
-        """The value of the first source that has one, "" if none has."""
-        values = [stripped(source.get(name)) for source in self._sources]
-        values = [value for value in values if value]
-        for value in values:
-            if not is_placeholder(value):
-                return value
-        if values:
-            return values[0]
-        return ""
+    def find(self, name: str) -> Tuple[str, str]:
+        """The value of the first source that has one, and the source; "" if none has."""
+        placeholder = ("", "")
+        for source, values in self._sources.items():
+            value = stripped(values.get(name))
+            if value and not only_placeholders(value):
+                return value, source
+            if value and not placeholder[0]:
+                placeholder = (value, source)
+        return placeholder
+
+    def models(self, row: Provider) -> List[str]:
+        """The models of a provider: those of its variable, or else of its row."""
+        listed, _ = self.find(row.variable("MODELS"))
+        return split_list(listed) or list(row.models)
 
     def _read(self, path: str) -> Dict[str, Optional[str]]:
         """The names and values of a .env file, {} if it cannot be read."""
@@ -333,17 +429,16 @@ class Settings:
             return {}
 
         try:
-            with open(path, encoding="utf-8-sig") as file:
-                text = file.read(MAX_ENV_FILE + 1)
-            if len(text) > MAX_ENV_FILE:
-                size = f"{MAX_ENV_FILE} characters"
-                self._complain(f"{path} is not read: it is larger than {size}")
+            with open(path, "rb") as file:
+                data = file.read(MAX_ENV_FILE + 1)
+            if len(data) > MAX_ENV_FILE:
+                self._complain(f"{path} is not read: it is larger than {MAX_ENV_FILE} bytes")
                 return {}
+            # python-dotenv has trouble with long runs of blanks: they take it a second or more.
+            text = re.sub(r"[ \t]{100,}", " ", data.decode("utf-8-sig"))
+            text = re.sub(r"\n{100,}", "\n", text)
             if "\0" in text:
                 raise ValueError("a NUL character")
-            # A long run of blanks would keep python-dotenv busy for a second or more.
-            text = re.sub(r"[ \t]{100,}", " ", text)
-            text = re.sub(r"\n{100,}", "\n", text)
             with silent_dotenv() as bad_lines:
                 values = dotenv_values(stream=io.StringIO(text), interpolate=False)
         except OSError as error:
@@ -365,21 +460,38 @@ class Settings:
         logger.warning("⚠️  %s", problem)
 
     def _tell_ignored_names(self, path: str, names: Iterable[str]) -> None:
-        """Tell, with --verbose, of names that look like ours but have no effect."""
+        """Tell of names that look like ours but have no effect in a .env file."""
         prefixes = tuple(row.variable("") for row in PROVIDERS)
         for name in names:
-            if name.startswith(prefixes) and not name.endswith(("_API_KEY", "_MODELS")):
-                logger.debug("⚠️  %s: %s has no effect in a .env file", path, name)
+            level = logging.NOTSET
+            if name.endswith("_BASE_URL") or name == ORDER_VARIABLE:
+                level = logging.WARNING  # questions would not go where the user wants
+            elif name.startswith(prefixes) and not name.endswith(("_API_KEY", "_MODELS")):
+                level = logging.DEBUG
+            if level:
+                line = "⚠️  %s: %s has no effect in a .env file; set it in the environment"
+                logger.log(level, line, path, name)
+
+
+ORDER_VARIABLE = "FALLBACK_LLM_PROVIDERS"  # the order of the providers where none is given
+
+
+def split_list(text: str) -> List[str]:
+    """The words of a list such as "a, b"."""
+    return [word for word in re.split(r"[\s,]+", text) if word]
 
 
 def env_files() -> List[str]:
     """The paths of the .env files to read, in order of precedence."""
-    beside_this_file = os.path.dirname(globals().get("__file__", ""))
+    this_file = globals().get("__file__", "fallback_llm.py")
+    folders = []
+    with contextlib.suppress(OSError):  # the current folder may have been deleted
+        folders.append(os.getcwd())
+        folders.append(os.path.dirname(os.path.abspath(this_file)))
     home = os.path.expanduser("~")
     configuration = os.environ.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
-    folders = ["", beside_this_file, os.path.join(configuration, "fallback_llm")]
-    paths = [os.path.abspath(os.path.join(folder, ".env")) for folder in folders]
-    return list(dict.fromkeys(paths))
+    folders.append(os.path.join(configuration, "fallback_llm"))
+    return list(dict.fromkeys(os.path.join(folder, ".env") for folder in folders))
 
 
 @contextlib.contextmanager
@@ -410,7 +522,7 @@ def is_clear_text(url: str) -> bool:
     return url.startswith("http://") and not is_loopback(url)
 
 
-def base_url(row: Provider) -> str:
+def address_of(row: Provider) -> str:
     """The address of a provider: from the environment (GROQ_BASE_URL), or else from its row.
 
     An address without a path gets the path of the row. Raises ValueError if the address is invalid
@@ -421,13 +533,35 @@ def base_url(row: Provider) -> str:
     address = re.fullmatch(r"(https?)://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[^\s?#@]*)?", url)
     if address is None or (is_clear_text(url) and row.key_env is not None):
         # A password or a key may be part of the address.
-        shown = re.sub(r"//.*@|[?#].*", "//...", url)[:200]
+        shown = KEY_PREFIX.sub("...", re.sub(r"//.*@|[?#].*", "//...", url))[:200]
         allowed = "https://..., or http:// to this machine or for a provider without a key"
         raise ValueError(f"{name} must be {allowed}, not {shown!r}")
 
     if address.group(4) is None:
         url += urlsplit(row.base_url).path.rstrip("/")
     return url
+
+
+def rows_from_environment(settings: Settings) -> List[Provider]:
+    """The rows that NAME_BASE_URL and NAME_MODELS make, with NAME_API_KEY if there is one.
+
+    An address is never taken from a .env file: a folder must not redirect questions.
+    """
+    names_of_rows = [row.name for row in PROVIDERS]
+    rows = []
+    for variable in sorted(os.environ):
+        name = variable[: -len("_BASE_URL")].lower()
+        url = stripped(os.environ[variable])
+        if not variable.endswith("_BASE_URL") or not url or name in names_of_rows:
+            continue
+        prefix = variable[: -len("_BASE_URL")]
+        models = split_list(settings.find(prefix + "_MODELS")[0])
+        if not models or not re.fullmatch(r"[a-z0-9_]+", name):
+            continue
+        has_key = bool(settings.find(prefix + "_API_KEY")[0])
+        key_env = prefix.upper() + "_API_KEY" if has_key else None
+        rows.append(Provider(name, url, key_env, tuple(models)))
+    return rows
 
 
 # --- 2. Results and errors ----------------------------------------------------------------------
@@ -477,6 +611,8 @@ class Attempt:
     reason: str = ""
     waited: float = 0.0  # seconds slept before it
     elapsed: float = 0.0  # seconds it took
+    key: int = 1  # which of the provider's keys was used, counted from 1
+    request_id: str = ""  # as the provider calls it
 
     def to_dict(self) -> Json:
         """The attempt as plain JSON."""
@@ -495,12 +631,18 @@ class Answer:
     provider: str = ""
     model: str = ""
     finish_reason: Optional[str] = None
-    usage: Json = dataclasses.field(default_factory=dict)
+    usage: Json = dataclasses.field(default_factory=dict, hash=False)
     attempts: Tuple[Attempt, ...] = ()  # the trail; the answer's own attempt is the last
     elapsed: float = 0.0  # seconds of the whole question
-    skipped_events: int = 0  # malformed events that a live stream had to leave out
 
     def __str__(self) -> str:
+        return self.text
+
+    def __format__(self, spec: str) -> str:
+        return format(self.text, spec)
+
+    def _repr_markdown_(self) -> str:
+        """How a notebook shows it."""
         return self.text
 
     def to_dict(self) -> Json:
@@ -509,6 +651,44 @@ class Answer:
         fields["attempts"] = [attempt.to_dict() for attempt in self.attempts]
         fields["elapsed"] = round(self.elapsed, 3)
         return fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """One key of a provider, which is never shown; a provider without a key has one, too."""
+
+    provider: str
+    number: int  # among the keys of the provider, from 1
+    label: str  # "groq", or "groq (key 2)" if there are several keys
+    problem: str  # why it cannot be asked, "" if it can
+    source: str  # where the key comes from: "the environment", "api_keys" or a .env file
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckReport:
+    """What a check of one account has found."""
+
+    label: str  # of the account
+    key: str = "accepted"  # or "refused", "missing", "not checked"
+    seconds: float = 0.0
+    served: List[str] = dataclasses.field(default_factory=list)  # of the models that are asked
+    not_served: List[str] = dataclasses.field(default_factory=list)
+    reason: str = ""  # why the key is not accepted, or was not checked
+
+    def to_dict(self) -> Json:
+        """The report as plain JSON."""
+        fields = dict(vars(self))
+        return {"provider": fields.pop("label"), **fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelList:
+    """The models of a provider."""
+
+    provider: str
+    models: List[str]  # those that are asked come first
+    asked: List[str]  # in their order
+    problem: str  # why these are only the ones that we ask, "" if the provider's own list is there
 
 
 # FallbackLLMError
@@ -578,7 +758,7 @@ class VerdictRule(NamedTuple):
     """What follows from a verdict."""
 
     asked_again: bool  # in this question
-    counts: bool  # against the provider, in later questions
+    counts: bool  # against the model, in later questions
     asked_last_for: float  # seconds for which later questions ask it last; 0: the backoff
     advice: str
 
@@ -587,15 +767,35 @@ VERDICT_RULES = {
     Verdict.RATE_LIMITED: VerdictRule(True, True, 0.0, "wait for the limit to end, or add a key"),
     Verdict.FAULT: VerdictRule(True, True, 0.0, "try again later"),
     Verdict.UNSUITABLE: VerdictRule(
-        False, False, 0.0, "change the question, --max-tokens or the model (-m)"
+        False, False, 0.0, "change the question, max_tokens or the model"
     ),
     Verdict.GONE: VerdictRule(
-        False, True, 600.0, "choose another model with -m (see --list-models), or set {models}"
+        False, True, 600.0, "choose another model (list_models shows them), or set {models}"
     ),
     Verdict.DENIED: VerdictRule(False, True, 600.0, "check {key} and the account: {url}"),
     Verdict.REFUSED: VerdictRule(False, False, 0.0, "change the question"),
-    Verdict.REJECTED: VerdictRule(True, False, 0.0, "ask for the expected form in the question"),
+    Verdict.REJECTED: VerdictRule(False, False, 0.0, "ask for the expected form in the question"),
 }
+
+
+class Reach(enum.Enum):
+    """Whom a failure concerns."""
+
+    MODEL = "model"
+    ACCOUNT = "account"  # all models that are asked with this key
+    PROVIDER = "provider"  # its host, with all keys
+
+
+class Cause(enum.Enum):
+    """How an exchange ended without an answer."""
+
+    REPLY = "reply"  # by what the server said
+    SILENCE = "silence"  # the provider's other models are asked after the other providers
+    TIME_LIMIT = "time limit"  # the caller's: it says nothing of the provider
+    TIME_SHARE = "time share"  # the caller's, of which others were to have a part
+    UNREACHABLE = "unreachable"  # no connection was made
+    STALE = "stale"  # the server had closed a connection that was kept alive
+    OPTIONS = "options"  # the server refuses stream_options: it is asked without them
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -604,14 +804,11 @@ class Failure(Exception):
 
     verdict: Verdict
     reason: str
-    reaches_provider: bool = False  # it holds for all models of the provider
-    delays_siblings: bool = False  # the provider's other models are asked after other providers
+    reach: Reach = Reach.MODEL
+    cause: Cause = Cause.REPLY
     hint: Optional[float] = None  # seconds after which the server wants to be asked again
     advice: str = ""  # what to do, where the verdict's own advice does not fit
     summary: str = ""  # the reason in a few words, for the end of a question that failed
-    is_blameless: bool = False  # the caller's own time limit: it says nothing of the provider
-    is_unreachable: bool = False  # no connection was made
-    is_stale: bool = False  # a connection that was kept alive had been closed by the server
 
     @property
     def rule(self) -> VerdictRule:
@@ -620,136 +817,211 @@ class Failure(Exception):
 
 
 class Ruling(NamedTuple):
-    """A verdict, and whether it reaches all models of the provider."""
+    """What an error means, whom it concerns, and what to do where the verdict does not say it."""
 
     verdict: Verdict
-    reaches_provider: bool = False
+    reach: Reach = Reach.MODEL
+    advice: str = ""
 
 
 LIMITED = Ruling(Verdict.RATE_LIMITED)
-ACCOUNT_LIMITED = Ruling(Verdict.RATE_LIMITED, reaches_provider=True)
+ACCOUNT_LIMITED = Ruling(Verdict.RATE_LIMITED, Reach.ACCOUNT)
 FAULT = Ruling(Verdict.FAULT)
-DOWN = Ruling(Verdict.FAULT, reaches_provider=True)
+DOWN = Ruling(Verdict.FAULT, Reach.PROVIDER)
 UNSUITABLE = Ruling(Verdict.UNSUITABLE)
 GONE = Ruling(Verdict.GONE)
-DENIED = Ruling(Verdict.DENIED, reaches_provider=True)
+DENIED = Ruling(Verdict.DENIED, Reach.ACCOUNT)
+UNPAID = Ruling(Verdict.DENIED)
+UNPAID_TOKENS = Ruling(Verdict.DENIED, advice="lower max_tokens, shorten the question, or pay")
 REFUSED = Ruling(Verdict.REFUSED)
-
-# Unambiguous error codes; * matches anything, and the first line that matches decides.
-# rate_limit_exceeded, invalid_request_error, tokens and requests are on no line: the providers
-# put them on both temporary and permanent failures.
-CODES: Sequence[Tuple[Ruling, str]] = (
-    (REFUSED, "content_policy_violation content_filter refusal *moderation*"),
-    (ACCOUNT_LIMITED, "*in_flight_budget* openrouter_free_tier*"),
-    (LIMITED, "token_quota_exceeded request_quota_exceeded capacity_exhausted"),
-    (FAULT, "queue_exceeded"),  # Cerebras: congestion, not our quota (2026-10)
-    (DENIED, "invalid_api_key wrong_api_key authentication* payment_required*"),
-    (DENIED, "insufficient_quota organization_* spend_limit_reached blocked_api_access"),
-    (DENIED, "openrouter_credits openrouter_key_limit region_restricted unsupported_country*"),
-    (UNSUITABLE, "account_*limit*"),
-    (DENIED, "account_*"),
-    (GONE, "model_archived_error"),
-    (FAULT, "model_*overloaded model_*timeout model_*error"),
-    (GONE, "model_*"),
-    (GONE, "no_endpoints free_variant_ended"),
-    (UNSUITABLE, "context_length_exceeded max_tokens_exceeded token_limit_exceeded"),
-    (UNSUITABLE, "*_too_long *_too_large privacy_restricted constraint_filtered"),
-    (UNSUITABLE, "unprocessable invalid_request invalid_prompt unsupported_* wrong_*"),
+REDIRECTED = Ruling(
+    Verdict.FAULT, Reach.PROVIDER, "check {base_url}: the server redirects to {location}"
+)
+WEB_PAGE = Ruling(Verdict.UNSUITABLE, advice="check {base_url}: a web page answered, not an API")
+NO_API = Ruling(Verdict.UNSUITABLE, advice="check {base_url}: no API answered")
+GONE_OR_WRONG_URL = Ruling(Verdict.GONE, advice="choose another model, or check {base_url}")
+WRONG_URL = Ruling(
+    Verdict.UNSUITABLE, Reach.PROVIDER, "check {base_url}: the server does not know this path"
+)
+PROXY_LOGIN = Ruling(
+    Verdict.UNSUITABLE, Reach.PROVIDER, "check the user and password in HTTPS_PROXY"
 )
 
-# Codes that say only that something broke, such as json_validate_failed for a model's output. A
-# more specific status overrides them: a 429 with the type server_error is a rate limit.
-BROKEN_CODES = "server server_error internal_server_error timeout overloaded *_overloaded"
-BROKEN_CODES += " unavailable *_unavailable *_failed"
 
-# Specific phrases in the message; … stands for up to 120 other characters. The first line that
-# matches decides. Permanent conditions come before temporary ones.
-PHRASES: Sequence[Tuple[Ruling, Sequence[str]]] = (
+# An error is judged as a small text, of which each line says one thing:
+#
+#     status 404 json            the HTTP status, or that of an error inside a 200 (0: none is said)
+#     relayed                    a router reports an error of its supplier
+#     wait                       the server says when to come back
+#     code model_not_found       one line for each code or type, in lower case
+#     says the model ...         the message, in lower case
+#
+# The functions below make patterns for such texts.
+
+
+def of_status(codes: str) -> str:
+    """A pattern for one of these statuses, such as "408 5..", of any body."""
+    return rf"^status (?:{'|'.join(codes.split())}) "
+
+
+def has_code(names: str) -> str:
+    """A pattern for one of these codes; * stands for anything."""
+    alternatives = "|".join(re.escape(name).replace(r"\*", r"\S*") for name in names.split())
+    return rf"^code (?:{alternatives})$"
+
+
+def says(words: str) -> str:
+    """A pattern for words of the message."""
+    return rf"^says .*?(?:{words})"
+
+
+def near(some: str, others: str) -> str:
+    """A pattern for one of each, with a short gap between them, in either order."""
+    return rf"\b(?:(?:{some}).{{0,80}}?(?:{others})|(?:{others}).{{0,80}}?\b(?:{some}))"
+
+
+def every(*patterns: str) -> str:
+    """A pattern for a text in which each of these is found."""
+    return r"\A" + "".join(rf"(?=[\s\S]*?(?:{pattern}))" for pattern in patterns)
+
+
+GAP = ".{0,120}?"
+QUOTA = (
+    r"insufficient (?:quota|credit|balance|fund)|exceeded your current quota|overdue|"
+    r"key limit exceeded|credit balance is too low|blocked api access"
+)
+DENIED_CODES = has_code(
+    "invalid_api_key wrong_api_key authentication* insufficient_quota organization_* account_* "
+    "spend_limit_reached blocked_api_access openrouter_credits openrouter_key_limit "
+    "payment_required* region_restricted unsupported_country*"
+)
+ACCOUNT = says(
+    near(
+        "account|organi[sz]ation|api key|key |payment|card |ip |ip, |address|token |workspace",
+        "restricted|suspended|flagged|deactivated|banned|disabled|blocked|terminated|violat",
+    )
+)
+MODEL_ENDED = (
+    rf"\bmodels? {'.{0,80}?'}(?:does not exist|not found|not be found|no longer|retired|archived|"
+    r"decommissioned|deprecated|discontinued|unavailable for free)"
+)
+# A refusal is about what was asked: the input was flagged, or a policy is named with what was done.
+INPUT_FLAGGED = (
+    r"\b(?:input|prompt|content|message|text|question|query) .{0,80}?"
+    r"(?:flagged|blocked by|violates our|violates the content|not allowed by our)"
+)
+POLICY = (
+    r"content (?:usage |management |safety )?polic|moderation|safety (?:polic|system|filter)|"
+    r"content filter|request blocked: "
+)
+REFUSING = (
+    "violat|against|block|flagged|stopped|trigger|refus|reject|not allowed|filtered|due to|prohibit"
+)
+SOMETHING_ELSE = r"data[ -]policy|guardrail|parameter|allowed providers|privacy"
+
+# What an error means: the first pattern that is found decides. The codes rate_limit_exceeded,
+# invalid_request_error, tokens and requests are in no pattern: the providers put them on both
+# temporary and permanent failures.
+RULES: Sequence[Tuple[Ruling, str]] = (
+    # Codes and words that say one thing only, whatever the status.
+    (REFUSED, has_code("content_policy_violation content_filter refusal *moderation*")),
+    (UNSUITABLE, has_code("context_length_exceeded max_tokens_exceeded token_limit_exceeded")),
+    (UNSUITABLE, has_code("*_too_long *_too_large privacy_restricted constraint_filtered")),
     (
         UNSUITABLE,
-        [
-            "request too large",
-            "data policy",
-            "data-policy",
-            "guardrail restriction",
-            "reduce the length of",
-            "input is too long",
-            "maximum … context",
-            "exceed … context",
-            "context length … exceed",
-            "context window … exceed",
-        ],
+        has_code("unprocessable invalid_request invalid_prompt unsupported_param* wrong_end*"),
     ),
-    (ACCOUNT_LIMITED, ["free-models-per-"]),
-    (DOWN, ["check your network settings"]),
+    (UNSUITABLE, has_code("wrong_api_format unsupported_value account_*limit*")),
+    (GONE, has_code("model_archived_error")),
+    (FAULT, has_code("model_*overloaded model_*timeout model_*error")),
+    (GONE, has_code("model_* no_endpoints free_variant_ended")),
+    (UNSUITABLE, says("request too large|reduce the length of|input is too long")),
+    (UNSUITABLE, says(f"maximum {GAP}context|exceed {GAP}context|context length {GAP}exceed")),
+    (UNSUITABLE, says(f"context window {GAP}exceed|data[ -]policy|guardrail restriction")),
+    (UNSUITABLE, says("no endpoints (?:found|available) that (?:support|can)")),
+    (UNSUITABLE, rf"^step .*?(?:{SOMETHING_ELSE})"),
+    (FAULT, every(of_status("404"), says("no endpoints available"))),
+    (GONE, says("is not a valid model id|no endpoints found for")),
+    # A supplier's trouble with its own key, account or network is not ours.
+    (LIMITED, every("^relayed$", of_status("429"))),
+    (FAULT, every("^relayed$", of_status("0 401 402 404 408 5.."))),
+    (FAULT, every("^relayed$", rf"(?:{DENIED_CODES}|{says(QUOTA)}|{ACCOUNT})")),
+    # Quotas: a wait that the server asks for outranks words about a quota.
+    (ACCOUNT_LIMITED, has_code("*in_flight_budget* openrouter_free_tier*")),
+    (ACCOUNT_LIMITED, says("free-models-per-")),
     (
-        DENIED,
-        [
-            "insufficient quota",
-            "insufficient credit",
-            "insufficient balance",
-            "insufficient fund",
-            "exceeded your current quota",
-            "overdue",
-            "key limit exceeded",
-            "credit balance is too low",
-            "blocked api access",
-        ],
+        LIMITED,
+        every("^wait$", of_status("0 429"), rf"(?:{has_code('insufficient_quota')}|{says(QUOTA)})"),
     ),
-    (GONE, ["is not a valid model id", "no endpoints found for"]),
+    (UNPAID_TOKENS, every(of_status("402"), says("tokens"))),
+    (DENIED, every(of_status("402"), has_code("payment_required* openrouter_key_limit"))),
+    (UNPAID, of_status("402")),  # free models of the same key may answer (OpenRouter, 2026-10)
+    (DENIED, DENIED_CODES),
+    (DOWN, says("check your network settings")),
+    (DENIED, says(QUOTA)),
+    # What breaks, and what is limited, is not about the question.
+    (
+        UNSUITABLE,
+        every(of_status("4[01]. 42[0-8]"), says(MODEL_ENDED), says("parameter|tool|field")),
+    ),
+    (GONE, says(MODEL_ENDED)),
+    # Congestion rather than our quota: others are asked before it (Cerebras, 2026-10).
+    (FAULT, has_code("queue_exceeded")),
+    (FAULT, every("^no retry$", of_status("429"))),
+    (LIMITED, has_code("token_quota_exceeded request_quota_exceeded capacity_exhausted")),
+    (LIMITED, of_status("429")),
+    (FAULT, of_status("408 409 424 425 498 499 5..")),  # 498: Groq's flex tier is full (2026-08)
+    # Words about the account, and about what was asked.
+    (DENIED, ACCOUNT),
+    (REFUSED, every(of_status("0 400 403 422"), says(INPUT_FLAGGED))),
+    (REFUSED, every(of_status("0 400 403 422"), says(POLICY), says(REFUSING))),
+    (DENIED, of_status("401")),
+    # A JSON 403 means that this model is not for us, unless it names the key, the credit or the
+    # account, or says that the request breaks rules.
+    (DENIED, "^status 403 (?:text|page)"),
+    (DENIED, every(of_status("403"), r"\b(?:api.?keys?|keys?|credits?|billing|payments?)\b")),
+    (DENIED, every(of_status("403"), r"\b(?:balance|credentials?)\b")),
+    (UNSUITABLE, every(of_status("403"), r"\bmodels?\b", r"\bviolat|terms of service|usage polic")),
+    (GONE, every(of_status("403"), r"\bmodels?\b")),
+    (DENIED, every(of_status("403"), r"\b(?:accounts?|organi[sz]ations?|subscription)\b")),
+    (DENIED, every(of_status("403"), r"\bauthenticat\w{0,6}\b")),
+    (UNSUITABLE, every(of_status("403"), r"\bviolat|terms of service|usage polic|prohibited")),
+    (GONE, of_status("403")),
+    # A JSON 404 means that the model is gone, unless it names something else.
+    (WEB_PAGE, "^status (?:400|404|405) page"),
+    (WRONG_URL, every(of_status("404"), has_code("unknown_url"))),
+    (WRONG_URL, every(of_status("404"), says("unknown (?:request )?(?:url|path|endpoint)"))),
+    (
+        WRONG_URL,
+        every(of_status("404"), says("check the url|route not found|no route|cannot post")),
+    ),
+    (WRONG_URL, every(of_status("404"), says("invalid url"))),
+    (NO_API, "^status 404 text"),
+    (NO_API, of_status("405")),
+    (GONE_OR_WRONG_URL, every(of_status("404"), "^says not found$")),
+    (UNSUITABLE, every(of_status("404"), says(SOMETHING_ELSE))),
+    (GONE, of_status("404")),
+    # Inside a 200 that carries no status, words can still tell a limit.
+    (LIMITED, every(of_status("0"), r"rate.?limit|too.many.requests")),
+    # Codes that say only that something broke, such as json_validate_failed for a model's output.
+    (UNSUITABLE, of_status("413")),
+    (FAULT, has_code("server server_error internal_server_error timeout overloaded *_overloaded")),
+    (FAULT, has_code("unavailable *_unavailable *_failed")),
+    (PROXY_LOGIN, of_status("407")),
+    (REDIRECTED, of_status("3..")),
+    # When in doubt, blame only this model: asking the provider's next model costs a moment,
+    # whereas leaving the provider costs all of its models.
+    (UNSUITABLE, of_status("4..")),
+    (FAULT, ""),
 )
 
-# An unavailable model: one of the nouns, followed by one of the endings.
-MODEL_NOUNS = ["model ", "models "]
-MODEL_ENDS = ["does not exist", "not found", "not be found", "no longer", "retired", "archived"]
-MODEL_ENDS += ["decommissioned", "deprecated", "discontinued", "unavailable for free"]
-NOT_THE_MODEL = ["parameter", "tool", "property", "field"]
-
-# An account, key, card or address that was blocked: one of each, in either order.
-ACCOUNT_NOUNS = ["account", "organization", "organisation", "api key", "payment method"]
-ACCOUNT_NOUNS += ["key ", "payment", "card ", "ip ", "ip, ", "address", "token ", "workspace"]
-ACCOUNT_ENDS = ["restricted", "suspended", "flagged", "deactivated", "banned", "disabled"]
-ACCOUNT_ENDS += ["blocked", "terminated", "violat"]
-
-# A refusal concerns the input: one of the nouns is followed by one of the endings, or a policy
-# is named along with what was done. Messages about an account were sorted out before.
-INPUT_NOUNS = ["input ", "prompt ", "content ", "message ", "text ", "question ", "query "]
-INPUT_ENDS = ["flagged", "blocked by", "violates our", "violates the content", "not allowed by our"]
-POLICIES = ["content polic", "content management polic", "content safety polic", "moderation"]
-POLICIES += ["content usage polic", "safety polic", "safety system", "safety filter"]
-POLICIES += ["content filter", "request blocked: "]
-REFUSING = ["violat", "against", "block", "flagged", "stopped", "trigger", "refus", "reject"]
-REFUSING += ["not allowed", "filtered", "due to", "prohibit"]
-REFUSAL_STATUSES = (0, 400, 403, 422)  # 0: inside a reply with the status 200
-
-# A JSON 404 means that the model is gone, unless it names one of these.
-NOT_GONE_404 = ["data policy", "guardrail", "parameter", "allowed providers", "privacy"]
-# A JSON 403 means that this model is not for us, unless it names the key or the credit, or the
-# account and no model (then the whole provider is out), or says that the request breaks rules.
-KEY_WORDS = re.compile(r"\b(api.?keys?|keys?|credits?|billing|payments?|balance|credentials?)\b")
-ACCOUNT_WORDS = re.compile(r"\b(accounts?|organi[sz]ations?|subscription|authenticat\w{0,6})\b")
-BROKEN_RULES = re.compile(r"\bviolat|terms of service|usage polic|prohibited")
-
-STATUSES = {
-    400: UNSUITABLE,
-    401: DENIED,
-    402: DENIED,
-    408: FAULT,
-    409: FAULT,
-    424: FAULT,
-    425: FAULT,
-    429: LIMITED,
-    498: FAULT,  # Groq: its flex tier is at capacity (2026-08)
-    499: FAULT,
-}
-TELLING_STATUSES = (401, 402, 403, 404, 413, 429)  # they say more than that something broke
-
-RELAYED = "provider returned error"  # what a router says of its supplier's error (OpenRouter)
 MAX_TEXT = 4000  # characters of a server's message that are looked at
 MAX_PARTS = 100  # objects of an error that are looked at
 MAX_HINT = 32 * 86400.0  # a longer "come back in" is junk
-NESTED_FIELDS = ("error", "errors", "metadata", "availability", "headers")
+RELAYED = "provider returned error"  # what a router says of its supplier's error (OpenRouter)
+NESTED_FIELDS = ("error", "errors", "metadata", "availability", "headers", "details")
 CODE_FIELDS = ("limit_source", "code", "error", "error_type", "type")
+MESSAGE_FIELDS = ("message", "error_message", "error", "detail")
 
 
 class ErrorReport(NamedTuple):
@@ -757,39 +1029,72 @@ class ErrorReport(NamedTuple):
 
     message: str
     codes: List[str]
-    fields: Dict[str, List[Any]]  # all values by name, the outermost first
+    fields: Dict[str, List[Any]]  # all values by name in lower case, the outermost first
 
 
 def judge(status: int, headers: Mapping[str, str], body: object, now: float) -> Failure:
     """What a reply that is no answer means.
 
     status: of HTTP, or 200 for an error inside a reply. headers: with names in lower case.
-    body: JSON, or a text. now: seconds since the epoch. Codes decide first, then narrow words of
-    the message, then the status.
+    body: JSON, or a text. now: seconds since the epoch.
     """
     report = read_error(body)
-    code = status
-    if status < 300:
-        code = inner_status(report)
+    inner = status if status >= 300 else inner_status(report)
+    server_now = now_of(headers, now)
+    wait = next(hints(waits(report, headers), server_now), None)
 
-    ruling = ruling_for(code, report, is_json=isinstance(body, (dict, list)))
-    verdict, reaches_provider = ruling
+    ruling = ruling_for(error_text(inner, report, headers, body, wait))
+    hint = None
+    if VERDICT_RULES[ruling.verdict].asked_again:
+        hint = wait
+    if hint is None and ruling.verdict is Verdict.RATE_LIMITED:
+        hint = max(hints(resets(report, headers), server_now), default=None)
+        if hint is None:
+            hint = long_period(report.message)
+    location = host_of(headers.get("location", "")) or "another address"
+    return Failure(
+        ruling.verdict,
+        reason_for(status, inner, report),
+        ruling.reach,
+        hint=hint,
+        advice=ruling.advice.replace("{location}", location),
+    )
 
-    # A supplier's trouble with its own key or account is not ours.
+
+def ruling_for(text: str) -> Ruling:
+    """The ruling of the first pattern that is found in an error's text."""
+    for ruling, pattern in RULES:
+        if re.search(pattern, text, re.MULTILINE):
+            return ruling
+    raise AssertionError("the last pattern is found in every text")
+
+
+def error_text(
+    status: int,
+    report: ErrorReport,
+    headers: Mapping[str, str],
+    body: object,
+    wait: Optional[float],
+) -> str:
+    """The text of an error that the patterns of RULES are made for."""
+    kind = "text"
+    if isinstance(body, (dict, list)):
+        kind = "json"
+    elif isinstance(body, str) and body[:MAX_TEXT].lstrip().startswith("<"):
+        kind = "page"
+    lines = [f"status {status} {kind}"]
+
     if report.message.lower().startswith(RELAYED):
-        reaches_provider = False
-        if ruling in (DENIED, DOWN, FAULT, LIMITED, ACCOUNT_LIMITED):
-            verdict = Verdict.RATE_LIMITED if code == 429 else Verdict.FAULT
-
-    # Congestion rather than our quota: others are asked before it (Cerebras, 2026-10).
-    if verdict is Verdict.RATE_LIMITED and headers.get("x-should-retry") == "false":
-        verdict = Verdict.FAULT
-
-    failure = Failure(verdict, reason_for(status, code, report), reaches_provider)
-    if failure.rule.asked_again:
-        failure.hint = hint_of(report, headers, now, verdict is Verdict.RATE_LIMITED)
-    failure.advice = advice_for(status, headers, body)
-    return failure
+        lines.append("relayed")
+    if wait:
+        lines.append("wait")
+    if headers.get("x-should-retry") == "false":
+        lines.append("no retry")
+    lines.extend(f"code {name}" for name in report.codes)
+    for step in report.fields.get("failed_routing_step", ()):
+        lines.append(f"step {one_line(str(step)[:MAX_TEXT])}".lower())
+    lines.append(f"says {report.message[:MAX_TEXT].lower()}")
+    return "\n".join(lines)
 
 
 def read_error(body: object) -> ErrorReport:
@@ -797,84 +1102,80 @@ def read_error(body: object) -> ErrorReport:
 
     Objects may be nested, and a router quotes its supplier's error as a string of JSON.
     """
-    fields: Dict[str, List[Any]] = collections.defaultdict(list)
+    fields = flattened(body)
+    codes = []
+    for name in CODE_FIELDS:
+        for value in reversed(fields.get(name, [])):  # the innermost knows best
+            if isinstance(value, str) and len(value) <= 100:
+                codes.append(one_line(value.lower()))
+    for name in ("reasons", "flagged_input", "patterns"):
+        if any(fields.get(name, [])):
+            codes.append("moderation")
+    return ErrorReport(message_of(fields), codes, fields)
+
+
+def flattened(body: object) -> Dict[str, List[Any]]:
+    """All values of an error and of what is nested in it, by name in lower case."""
+    fields: Dict[str, List[Any]] = {}
     parts = collections.deque([body])
     looked_at = 0
     while parts and looked_at < MAX_PARTS:
         looked_at += 1
-        for name, value in fields_of(parts.popleft()).items():
-            is_nested = name in NESTED_FIELDS and isinstance(value, (dict, list))
-            if is_nested or (name == "raw" and is_relayed(fields)):
-                parts.append(value)
-            else:
-                fields[name.lower()].append(value)
-
-    codes = []
-    for name in CODE_FIELDS:
-        for value in reversed(fields[name]):  # the innermost knows best
-            if isinstance(value, str) and len(value) <= 100:
-                codes.append(value.lower())
-    if any(fields["reasons"] + fields["flagged_input"] + fields["patterns"]):
-        codes.append("moderation")
-    return ErrorReport(message_of(fields), codes, fields)
-
-
-def fields_of(part: object) -> Json:
-    """The fields of a part of an error, which may be JSON in a text, in a list, or words."""
-    part = parsed(part)
-    if isinstance(part, list):
-        part = part[0] if part else None
-    if isinstance(part, str):
-        return {"message": part}
-    if isinstance(part, dict):
-        return part
-    return {}
+        part = parsed(parts.popleft())
+        if isinstance(part, list):
+            parts.extendleft(reversed(part[:MAX_PARTS]))
+        elif isinstance(part, str):
+            fields.setdefault("message", []).append(part)
+        elif isinstance(part, dict):
+            for name, value in part.items():
+                is_nested = name in NESTED_FIELDS and isinstance(value, (dict, list))
+                if is_nested or (name == "raw" and is_relayed(fields)):
+                    parts.append(value)
+                else:
+                    fields.setdefault(name.lower(), []).append(value)
+    return fields
 
 
 def is_relayed(fields: Mapping[str, List[Any]]) -> bool:
     """Whether the outermost message is a router's, about its supplier."""
-    messages = fields["message"]
-    return bool(messages) and str(messages[0])[:100].lower().startswith(RELAYED)
+    messages = fields.get("message", [""])
+    return str(messages[0])[:100].lower().startswith(RELAYED)
 
 
 def message_of(fields: Mapping[str, List[Any]]) -> str:
     """The message of an error, in one line, each text once."""
-    texts = []
-    for value in fields["message"] or fields["error"] or fields["detail"]:
+    values: List[Any] = []
+    for name in MESSAGE_FIELDS:
+        values = values or [value for value in fields.get(name, []) if value]
+    texts: List[str] = []
+    for value in values:
         text = value
         if not isinstance(value, str):
             try:
-                text = json.dumps(value) if value else ""
+                text = json.dumps(value)
             except (ValueError, RecursionError):
-                text = ""
-        text = shortened(page_summary(text))
+                continue
+        text = one_line(page_summary(text))
         if text and text not in texts:
             texts.append(text)
     return ": ".join(texts)
 
 
 INVISIBLE = re.compile("[\\s\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2060\ufeff]+")
-KEY_CHARACTERS = "".join(map(chr, range(33, 127)))
 
 
-def shortened(text: str, limit: int = MAX_TEXT) -> str:
-    """The text in one line, cut between two words.
-
-    A cut inside a word could leave half of a key, which nothing would recognize any more.
-    """
-    line = INVISIBLE.sub(" ", text).strip()
-    if len(line) > limit:
-        line = (line[:limit].rstrip(KEY_CHARACTERS) or line[: limit // 2]) + "…"
-    return line
+def one_line(text: str) -> str:
+    """The text in one line, without invisible characters."""
+    return INVISIBLE.sub(" ", text).strip()
 
 
 def page_summary(text: str) -> str:
-    """The title, heading or first words of an HTML or XML page; any other text as it is."""
-    start = text[:MAX_TEXT].lstrip("\ufeff \t\r\n")
+    """The title, heading or words of an HTML or XML page; any other text as it is."""
+    start = text.lstrip("\ufeff \t\r\n")
     if not re.match("<[a-zA-Z!?]", start):
         return text
     for tag in ("title", "h1"):
-        heading = re.search(rf"(?is)<{tag}[^<>]{{0,200}}>(.{{1,500}}?)</{tag}", start)
+        heading = re.search(rf"(?is)<{tag}[^<>]{{0,200}}>(.{{1,2000}}?)</{tag}", start)
         words = ""
         if heading is not None:
             words = without_tags(heading.group(1))
@@ -888,139 +1189,33 @@ def page_summary(text: str) -> str:
 
 def without_tags(page: str) -> str:
     """The words of a page, without its tags."""
-    return shortened(re.sub("<[^<>]{0,200}>", " ", page), 200)
+    return one_line(re.sub("<[^<>]{0,200}>", " ", page))
 
 
 def inner_status(report: ErrorReport) -> int:
     """The status that an error inside a 200 carries, 0 if there is none."""
     for name in ("status_code", "code", "http_status"):
-        for value in report.fields[name]:
+        for value in report.fields.get(name, ()):
             number = to_number(value)
             if 400 <= number <= 599:
                 return int(number)
     return 0
 
 
-def ruling_for(code: int, report: ErrorReport, is_json: bool) -> Ruling:
-    """The ruling of the codes, or else of the words, or else of the status."""
-    for name in report.codes:
-        for ruling, patterns in CODES:
-            if fits(name, patterns):
-                return ruling
-
-    steps = " ".join(map(str, report.fields["failed_routing_step"])).lower()
-    if any(word in steps for word in NOT_GONE_404):
-        return UNSUITABLE
-    words = ruling_by_words(code, report.message.lower())
-    if words is not None:
-        return words
-
-    if code not in TELLING_STATUSES and any(fits(name, BROKEN_CODES) for name in report.codes):
-        return FAULT
-    return ruling_by_status(code, report, is_json)
-
-
-def fits(name: str, patterns: str) -> bool:
-    """Whether a code fits one of the patterns."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split())
-
-
-def ruling_by_words(code: int, message: str) -> Optional[Ruling]:
-    """The ruling of the message, which is in lower case; None if its words say nothing."""
-    for ruling, phrases in PHRASES:
-        if any(says(message, phrase) for phrase in phrases):
-            return ruling
-
-    is_account = says_pair(message, ACCOUNT_NOUNS, ACCOUNT_ENDS)
-    if is_account or says_pair(message, ACCOUNT_ENDS, ACCOUNT_NOUNS):
-        if code < 500 and code != 429:
-            return DENIED
-        return None
-    is_about_model = not any(word in message for word in NOT_THE_MODEL)
-    if is_about_model and says_pair(message, MODEL_NOUNS, MODEL_ENDS):
-        return GONE
-    if code in REFUSAL_STATUSES:
-        names_policy = any(phrase in message for phrase in POLICIES)
-        is_refusing = any(word in message for word in REFUSING)
-        if says_pair(message, INPUT_NOUNS, INPUT_ENDS) or (names_policy and is_refusing):
-            return REFUSED
-    return None
-
-
-def says(message: str, phrase: str) -> bool:
-    """Whether the words of the phrase stand in the message, near each other where it has …"""
-    return phrase_pattern(phrase).search(message) is not None
-
-
-def says_pair(message: str, nouns: Sequence[str], ends: Sequence[str]) -> bool:
-    """Whether one of the nouns is followed closely by one of the ends."""
-    return pair_pattern(tuple(nouns), tuple(ends)).search(message) is not None
-
-
-@functools.lru_cache(maxsize=None)
-def phrase_pattern(phrase: str) -> Pattern[str]:
-    """A compiled phrase, in which … has become a gap."""
-    # The gap is bounded, so that searching a long message takes linear time.
-    return re.compile(".{0,120}?".join(re.escape(part) for part in phrase.split(" … ")))
-
-
-@functools.lru_cache(maxsize=None)
-def pair_pattern(nouns: Tuple[str, ...], ends: Tuple[str, ...]) -> Pattern[str]:
-    """A noun, a short gap, and an ending, compiled."""
-    either_noun = "|".join(map(re.escape, nouns))
-    either_end = "|".join(map(re.escape, ends))
-    return re.compile(rf"\b(?:{either_noun}).{{0,80}}?(?:{either_end})")
-
-
-def ruling_by_status(code: int, report: ErrorReport, is_json: bool) -> Ruling:
-    """The ruling of the status, 0 for an error inside a 200 that carries none.
-
-    When in doubt, blame only this model: asking the provider's next model costs a moment,
-    whereas dropping the provider costs all of its models.
-    """
-    message = report.message.lower()
-    words = " ".join([message, *report.codes])
-    if code == 0 and re.search(r"rate.?limit|too.many.requests", words):
-        return LIMITED
-    if code == 403:
-        return ruling_of_forbidden(words, is_json)
-    if code == 404:
-        if not is_json or any(word in message for word in NOT_GONE_404):
-            return UNSUITABLE
-        return GONE
-    if code in STATUSES:
-        return STATUSES[code]
-    if 300 <= code < 400:
-        return DOWN
-    if 400 <= code < 500:
-        return UNSUITABLE
-    return FAULT
-
-
-def ruling_of_forbidden(words: str, is_json: bool) -> Ruling:
-    """The ruling of a 403: its words tell the account from the model and the question."""
-    is_account = ACCOUNT_WORDS.search(words) and not re.search(r"\bmodels?\b", words)
-    if not is_json or is_account or KEY_WORDS.search(words):
-        return DENIED
-    if BROKEN_RULES.search(words):
-        return UNSUITABLE
-    return GONE
-
-
-def reason_for(status: int, code: int, report: ErrorReport) -> str:
+def reason_for(status: int, inner: int, report: ErrorReport) -> str:
     """One line: requests' own wording for the status, then what the provider says."""
     said = report.message or " ".join(report.codes)
     if status < 300:
         what = "error inside the reply"
-        if code:
-            what = f"error {code} inside the reply"
+        if inner:
+            what = f"error {inner} inside the reply"
     else:
         try:
-            phrase = HTTPStatus(code).phrase
+            phrase = HTTPStatus(status).phrase
         except ValueError:
             phrase = "Unknown"
-        kind = {3: "Redirect", 4: "Client"}.get(code // 100, "Server")
-        what = f"{code} {kind} Error: {phrase}"
+        kind = {3: "Redirect", 4: "Client"}.get(status // 100, "Server")
+        what = f"{status} {kind} Error: {phrase}"
     if said:
         return f"{what}: {said}"
     return what
@@ -1034,20 +1229,8 @@ def host_of(url: str) -> str:
         return ""
 
 
-def advice_for(status: int, headers: Mapping[str, str], body: object) -> str:
-    """What to do about a reply whose form points to a wrong address; "" for all others."""
-    if 300 <= status < 400:
-        host = host_of(headers.get("location", "")) or "another address"
-        return f"check {{base_url}}: the server redirects to {host}"
-    is_page = isinstance(body, str) and body[:MAX_TEXT].lstrip().startswith("<")
-    if status in (400, 404, 405) and is_page:
-        return "check {base_url}: a web page answered, not an API"
-    if status == 407:
-        return "check the user and password in HTTPS_PROXY"
-    return ""
-
-
-# Durations in a message: "6.35s", "1m26.4s", "41 minutes and 30 seconds", "480ms"
+# When to come back. A server says it in headers, in fields of the error or in words; as a number
+# of seconds, as a duration ("1m26.4s", "41 minutes and 30 seconds", "480ms") or as an instant.
 UNIT_SECONDS = {"ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 DURATION_PART = re.compile(
     r"""
@@ -1059,74 +1242,105 @@ DURATION_PART = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+ISO_DATE = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)?")
 WAIT_WORDS = re.compile(
-    r"\b(?:(?:again|retry|resets?) (?:in|after)|wait(?: for)?) (?:about )?", re.IGNORECASE
+    r"\b(?:(?:again|retry|resets?|available) (?:in|after|at)|wait(?: for)?|until) "
+    r"(?:about |approximately |approx\. |around |another |at least |~ ?)?",
+    re.IGNORECASE,
 )
 LONG_PERIOD = re.compile(r"\bper[ -](hour|day|week|month)|\b(hourly|daily|monthly)\b")
+RESET_HEADER = re.compile(r"(x-)?rate-?limit-(.+-)?reset(-.+)?|.+-ratelimit-(.+-)?reset")
+WAIT_FIELDS = ("retry_after_seconds", "retry_after", "retry-after", "retrydelay", "retry_delay")
 
 
-def hint_of(
-    report: ErrorReport, headers: Mapping[str, str], now: float, is_limit: bool
-) -> Optional[float]:
-    """Seconds after which the server wants to be asked again: the first source that is valid.
-
-    A quota's reset counts only for a rate limit. A limit "per hour" or longer that comes without
-    a hint counts as an hour.
-    """
-    for seconds in possible_hints(report, headers, now, is_limit):
-        if 0 <= seconds <= MAX_HINT:  # NaN is in no range
-            return seconds
-
-    message = report.message.lower()
-    is_short = "per min" in message or "per-min" in message
-    if is_limit and not is_short and LONG_PERIOD.search(message):
-        return 3600.0
-    return None
-
-
-def possible_hints(
-    report: ErrorReport, headers: Mapping[str, str], now: float, is_limit: bool
-) -> Iterator[float]:
-    """Every possible hint, from the most exact source to the least; NaN where there is none."""
-    yield to_number(headers.get("retry-after-ms")) / 1000
-
-    server_time = to_epoch(headers.get("date"))
-    if math.isnan(server_time):
-        server_time = now
-    values = [headers.get("retry-after")]
-    for name in ("retry_after_seconds", "retry_after", "retry-after"):
-        values.extend(reversed(report.fields[name]))
+def hints(values: Iterable[object], now: float) -> Iterator[float]:
+    """The seconds of each value that says when to come back."""
     for value in values:
-        yield to_number(value)
-        yield to_epoch(value) - server_time
-
-    yield duration_in(report.message)
-
-    if is_limit:
-        resets = [*report.fields["x-ratelimit-reset"], headers.get("x-ratelimit-reset")]
-        for value in resets:
-            instant = to_number(value)
-            # OpenRouter sends milliseconds of the epoch (2026-10).
-            yield (instant / 1000 if instant > 1e11 else instant) - now
+        seconds = seconds_until(value, now)
+        if 0 <= seconds <= MAX_HINT:  # NaN is in no range
+            yield seconds
 
 
-def duration_in(message: str) -> float:
-    """The seconds in words such as "try again in 1m26.4s"; NaN if there are none."""
-    for words in WAIT_WORDS.finditer(message):
-        total = 0.0
-        position = words.end()
-        part = DURATION_PART.match(message, position)
-        if part is None:
-            continue
-        while part is not None:
-            unit = (part.group(2) or "s").lower()
-            total += float(part.group(1)) * UNIT_SECONDS[unit]
-            position = part.end()
-            while message.startswith((",", " ", "and "), position):
-                position += 4 if message.startswith("and ", position) else 1
-            part = DURATION_PART.match(message, position)
-        return total
-    return math.nan
+def waits(report: ErrorReport, headers: Mapping[str, str]) -> Iterator[object]:
+    """What may say how long to wait, from the most exact source to the least."""
+    yield to_number(headers.get("retry-after-ms")) / 1000
+    retry_after = headers.get("retry-after", "")
+    yield retry_after.partition(",")[0]  # a header that was sent twice arrives as "30, 30"
+    yield retry_after
+    for name in WAIT_FIELDS:
+        yield from reversed(report.fields.get(name, []))
+    for words in WAIT_WORDS.finditer(report.message[:MAX_TEXT]):
+        rest = report.message[words.end() : words.end() + 100]
+        date = ISO_DATE.match(rest)
+        if date is None:
+            yield leading_duration(rest)[0]
+        else:
+            yield date.group()
+
+
+def resets(report: ErrorReport, headers: Mapping[str, str]) -> Sequence[object]:
+    """What may say when a rate limit ends: of what is used up, or else of what is not known."""
+    said = dict(headers)
+    for name, values in report.fields.items():
+        said.setdefault(name, values[-1])
+    used_up = []
+    unknown = []
+    for name, value in said.items():
+        if RESET_HEADER.fullmatch(name):
+            remaining = to_number(said.get(name.replace("reset", "remaining")))
+            if remaining <= 0:
+                used_up.append(value)
+            elif math.isnan(remaining):
+                unknown.append(value)
+    return used_up or unknown
+
+
+def long_period(message: str) -> Optional[float]:
+    """An hour, for a limit per hour or longer that came without a hint."""
+    words = message[:MAX_TEXT].lower()
+    if "per min" in words or "per-min" in words or not LONG_PERIOD.search(words):
+        return None
+    return 3600.0
+
+
+def now_of(headers: Mapping[str, str], now: float) -> float:
+    """The server's time: instants are compared with it, as our own clock may be wrong."""
+    instant = to_epoch(headers.get("date"))
+    return now if math.isnan(instant) else instant
+
+
+def seconds_until(value: object, now: float) -> float:
+    """The seconds that a number, a duration or an instant asks for; NaN if it is none of them."""
+    number = to_number(value)
+    if number > 1e11:
+        return number / 1000 - now  # milliseconds of the epoch (OpenRouter, 2026-10)
+    if number > 1e9:
+        return number - now
+    if not math.isnan(number) or not isinstance(value, str):
+        return number
+    text = value.strip()[:100]
+    seconds, end = leading_duration(text)
+    if end == len(text):
+        return seconds
+    return to_epoch(text) - now
+
+
+def leading_duration(text: str) -> Tuple[float, int]:
+    """The seconds of a duration at the beginning of a text, NaN if there is none; and its end."""
+    total = 0.0
+    position = 0
+    part = DURATION_PART.match(text)
+    if part is None:
+        return math.nan, 0
+    while part is not None:
+        unit = (part.group(2) or "s").lower()
+        total += float(part.group(1)) * UNIT_SECONDS[unit]
+        end = part.end()
+        position = end
+        while text.startswith((",", " ", "and "), position):
+            position += 4 if text.startswith("and ", position) else 1
+        part = DURATION_PART.match(text, position)
+    return total, end
 
 
 def to_number(value: object) -> float:
@@ -1140,10 +1354,17 @@ def to_number(value: object) -> float:
 
 
 def to_epoch(value: object) -> float:
-    """The seconds since the epoch of an HTTP date, NaN if it is none."""
+    """The seconds since the epoch of an HTTP or ISO date, NaN if it is none."""
     if not isinstance(value, str):
         return math.nan
+    iso = ISO_DATE.match(value)
     try:
+        if iso is not None:
+            date, fraction, zone = iso.groups()
+            if zone is None or zone in "zZ":
+                zone = "+00:00"
+            instant = datetime.datetime.fromisoformat(date.upper() + zone)
+            return instant.timestamp() + float(fraction or 0)
         parts = parsedate_tz(value[:100])
         return math.nan if parts is None else float(mktime_tz(parts))
     except (ValueError, OverflowError, TypeError, IndexError):
@@ -1174,7 +1395,146 @@ def dig(value: object, *path: Union[str, int]) -> Any:
     return value
 
 
-# --- 4. Wire format: requests, event streams, the answer being put together. Pure ---------------
+# --- 4. Wire format: questions, event streams, the answer being put together. Pure --------------
+
+
+Names = Union[str, Iterable[str], None]  # of providers: "groq,openrouter", a list, or all
+Accept = Callable[[str], object]
+
+# The parameters of the chat completions API that are passed on, as the three providers know them.
+API_PARAMETERS = (
+    "frequency_penalty logit_bias logprobs max_completion_tokens metadata modalities models "
+    "parallel_tool_calls prediction presence_penalty reasoning reasoning_effort response_format "
+    "seed service_tier stop store stream_options temperature top_logprobs top_p user verbosity"
+)
+# Names that belong elsewhere, and where.
+ELSEWHERE = {
+    "api_key": "FallbackLLM(api_keys={...})",
+    "api_keys": "FallbackLLM(api_keys={...})",
+    "base_url": "a row: Provider(...), or the variable NAME_BASE_URL",
+    "providers": "FallbackLLM(providers=...)",
+    "idle_timeout": "FallbackLLM(idle_timeout=...)",
+    "retry_config": "FallbackLLM(retry_config)",
+    "retries": "RetryConfig(max_attempts=...)",
+    "max_retries": "RetryConfig(max_attempts=...)",
+    "max_attempts": "RetryConfig(max_attempts=...)",
+    "base_delay": "RetryConfig(base_delay=...)",
+    "max_delay": "RetryConfig(max_delay=...)",
+    "jitter": "RetryConfig(jitter=...)",
+    "max_workers": "ask_many(..., max_workers=...)",
+    "workers": "ask_many(..., max_workers=...)",
+    "prompt": "the question itself",
+    "accept": "ask, complete and ask_many, whose text can be taken back",
+}
+UNSUPPORTED = ("tools", "tool_choice", "functions", "function_call", "stream", "n")
+
+
+@dataclasses.dataclass
+class Question:
+    """A question with the arguments of `complete`. `validate` checks all that needs no provider."""
+
+    question: Optional[str] = None
+    max_tokens: int = 500
+    provider: Names = None
+    model: Optional[str] = None
+    system: Optional[str] = None
+    messages: Optional[Sequence[Json]] = None
+    timeout: Optional[float] = None  # None: the client's
+    accept: Optional[Accept] = None
+    extra_body: Optional[Json] = None
+    parameters: Json = dataclasses.field(default_factory=dict)
+
+    def updated(self, arguments: Json) -> Question:
+        """A question with other arguments of `complete`, checked. Raises ValueError."""
+        known: Json = {}
+        parameters = dict(self.parameters)
+        for name, value in arguments.items():
+            if name not in ARGUMENTS:
+                parameters[name] = value
+            elif value is not None or name != "max_tokens":
+                known[name] = value
+        question = dataclasses.replace(self, **known, parameters=parameters)
+        question.validate()
+        return question
+
+    def validate(self) -> None:
+        """Raise ValueError for an argument that is wrong or unknown."""
+        for name in self.parameters:
+            check_parameter_name(name)
+        if self.accept is not None and not callable(self.accept):
+            raise ValueError(f"accept must be a function of the text, not {quoted(self.accept)}")
+        if self.extra_body is not None and not isinstance(self.extra_body, dict):
+            raise ValueError(f"extra_body must be a dict, not {quoted(self.extra_body)}")
+        for name in ("stream", "n"):
+            if name in (self.extra_body or {}):
+                raise ValueError(f"{name} is not supported, in extra_body either")
+        self.max_tokens = int(check_number("max_tokens", self.max_tokens))
+        if self.timeout is not None:
+            check_number("timeout", self.timeout)
+        if self.parameters.get("temperature") is not None:
+            check_number("temperature", self.parameters["temperature"])
+        if isinstance(self.provider, Iterator):
+            self.provider = list(self.provider)
+        conversation(self.question, self.system, self.messages)
+        if self.parameters or self.messages or self.extra_body:
+            self.body("", {})  # ValueError for what JSON cannot carry
+
+    def body(self, model: str, defaults: Json, with_options: bool = True) -> bytes:
+        """The body of a request for one model, of which `defaults` are the row's parameters.
+
+        with_options: with `stream_options`, which some servers refuse.
+        """
+        fields = {"model": model, **defaults}
+        for name, value in self.parameters.items():
+            if value is not None:
+                fields[name] = value
+        if "max_completion_tokens" not in fields:
+            fields["max_tokens"] = self.max_tokens
+        fields["messages"] = conversation(self.question, self.system, self.messages)
+        fields["stream"] = True
+        # Other servers than the three send the usage of a stream only when they are asked to.
+        if with_options and "stream_options" not in self.parameters:
+            fields["stream_options"] = {"include_usage": True}
+        fields.update(self.extra_body or {})
+        try:
+            text = json.dumps(fields, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"the question cannot be sent as JSON: {error}") from None
+        return whole_characters(text).encode()
+
+    def tokens(self) -> int:
+        """The tokens that a request may cost, with the longest answer."""
+        longest = to_number(self.parameters.get("max_completion_tokens"))
+        if math.isnan(longest):
+            longest = self.max_tokens
+        return len(self.question or "") // 4 + int(longest)
+
+
+ARGUMENTS = [field.name for field in dataclasses.fields(Question) if field.name != "parameters"]
+PARAMETERS = [*ARGUMENTS, *API_PARAMETERS.split()]
+
+
+def check_parameter_name(name: object) -> None:
+    """Raise ValueError unless this is a parameter of the API, and say where it belongs."""
+    if not isinstance(name, str):
+        raise ValueError(f"a parameter's name must be text, not {quoted(name)}")
+    if name in PARAMETERS:
+        return
+    if name in UNSUPPORTED:
+        raise ValueError(f"{name} is not supported")
+    if name in ELSEWHERE:
+        raise ValueError(
+            f"{name} is not a parameter of a question: it belongs to {ELSEWHERE[name]}"
+        )
+
+    import difflib
+
+    near = difflib.get_close_matches(name, [*PARAMETERS, *ELSEWHERE], 1, 0.7)
+    if near:
+        raise ValueError(f"unknown parameter {quoted(name)}: did you mean {near[0]!r}?")
+    raise ValueError(
+        f"unknown parameter {quoted(name)}: what a provider has of its own goes into extra_body"
+    )
 
 
 def is_blank(text: str) -> bool:
@@ -1188,7 +1548,7 @@ def conversation(
     """The messages to send. Raises ValueError for empty or malformed input."""
     for name, text in (("question", question), ("system", system)):
         if text is not None and not isinstance(text, str):
-            raise ValueError(f"the {name} must be text, not {text!r:.60}")
+            raise ValueError(f"the {name} must be text, not {quoted(text)}")
     if messages is not None:
         check_messages(messages)
     said = list(messages or [])
@@ -1206,19 +1566,17 @@ def check_messages(messages: object) -> None:
     """Raise ValueError unless this is a conversation."""
     is_list = isinstance(messages, (list, tuple)) and len(messages) > 0
     if not is_list or not all(isinstance(dig(m, "role"), str) for m in cast(List[Json], messages)):
-        raise ValueError(f"messages must be a list of dicts with a role, not {messages!r:.60}")
+        raise ValueError(f"messages must be a list of dicts with a role, not {quoted(messages)}")
 
 
-def request_body(fields: Json, model: str, defaults: Json) -> bytes:
-    """The body of a request for one model. Raises ValueError for what JSON cannot carry."""
-    body = {"model": model, **defaults, **fields}
-    try:
-        text = json.dumps(body, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"the question cannot be sent as JSON: {error}") from None
+def whole_characters(text: str) -> str:
+    """The text with pairs of surrogates joined, and single ones replaced.
 
-    # Cerebras refuses lone surrogates (2026-09): pairs are joined, single ones replaced.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    Cerebras refuses single ones (2026-09), and no file can hold them.
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Event(NamedTuple):
@@ -1229,91 +1587,70 @@ class Event(NamedTuple):
     is_plain: bool = False  # the body was no event stream
 
 
-class EventDecoder:
-    """Turns the bytes of a body, cut anywhere, into events."""
+MAX_EVENT = 8 * 1024 * 1024  # bytes; no model says more
 
-    def __init__(self) -> None:
-        utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-        self._is_stream = False
-        self._is_started = False
-        self._rest: List[str] = []  # the text after the last blank line
-        self._plain: List[str] = []  # blocks that hold no event
 
-    def feed(self, chunk: bytes) -> List[Event]:
-        """The events that are complete now."""
-        text = self._decoder.decode(chunk)
-        if not self._is_started and text:
-            self._is_started = True
-            text = text.lstrip("\ufeff")
+NEWLINE = re.compile(rb"\r\n|\n|\r(?=.)", re.DOTALL)  # after a last \r, \n may come
 
-        ends_line = bool(self._rest) and self._rest[-1].endswith("\n") and text.startswith("\n")
-        if "\n\n" not in text and not ends_line:
-            if text:
-                self._rest.append(text)
-            return []
-        blocks = "".join([*self._rest, text]).split("\n\n")
-        self._rest = [blocks.pop()]
-        return self._events_of(blocks)
 
-    def end(self) -> List[Event]:
-        """The last events of a body that has ended; the plain body, if there were none."""
-        rest = "".join([*self._rest, self._decoder.decode(b"", final=True)])
-        events = self._events_of(rest.split("\n\n"))
-        if not self._is_stream:
-            events.append(Event("\n".join(self._plain).strip(), is_plain=True))
-        return events
+def lines_in(pieces: Iterable[bytes]) -> Iterator[str]:
+    """The lines of a body whose bytes come in pieces. Raises Failure if they are not UTF-8."""
+    rest: List[bytes] = []  # of a line that has no end yet
+    size = 0
+    for piece in pieces:
+        rest.append(piece)
+        size += len(piece)
+        if b"\n" in piece or b"\r" in piece:
+            *lines, last = NEWLINE.split(b"".join(rest))
+            rest = [last]
+            size = len(last)
+            for line in lines:
+                yield utf8_line(line)
+        if size > MAX_EVENT:
+            raise Failure(Verdict.FAULT, "the reply is longer than any answer")
+    yield utf8_line(b"".join(rest))
 
-    def _events_of(self, blocks: Iterable[str]) -> List[Event]:
-        """The events of these blocks; blocks without one are kept as a plain body."""
-        events = []
-        for block in blocks:
-            event = self._event_of(block)
-            if event is not None:
-                self._is_stream = True
-                events.append(event)
-            elif not self._is_stream:
-                self._plain.append(without_fields(block))
-        return events
 
-    def _event_of(self, block: str) -> Optional[Event]:
-        """The event in a block of lines, None if it has no data."""
-        if block.startswith("data: ") and "\n" not in block:
-            data = block[len("data: ") :].strip()  # nearly all events look like this
-            if data:
-                return Event(data)
-            return None
+def utf8_line(line: bytes) -> str:
+    """The text of a line, without a byte order mark. Raises Failure if it is not UTF-8."""
+    try:
+        return line.decode("utf-8-sig").rstrip("\r")
+    except UnicodeDecodeError:
+        raise Failure(Verdict.FAULT, "the answer is not UTF-8") from None
 
-        data_lines = []
+
+def events_in(lines: Iterable[str]) -> Iterator[Event]:
+    """The events of a body; a body without any is one plain event at its end. Raises Failure."""
+    data: List[str] = []  # of the event that is being read
+    plain: List[str] = []  # lines that are no fields of an event
+    size = 0
+    kind = ""
+    is_stream = False
+    for line in itertools.chain(lines, [""]):
+        name, _, value = line.partition(":")
+        if name == "data":
+            data.append(value)
+        elif name == "event":
+            kind = value.strip()
+        elif name not in ("", "id", "retry"):
+            plain.append(line)
+        size += len(line)
+        if size > MAX_EVENT:
+            raise Failure(Verdict.FAULT, "the reply is longer than any answer")
+        if line:
+            continue
+
+        text = "\n".join(data).strip()
+        if text:
+            is_stream = True
+            yield Event(text, kind)
         kind = ""
-        for line in block.split("\n"):
-            name, _, value = line.partition(":")
-            if name == "data":
-                data_lines.append(value)
-            elif name == "event":
-                kind = value.strip()
-        data = "\n".join(data_lines).strip()
-        if data:
-            return Event(data, kind)
-        return None
-
-
-def events_in(chunks: Iterable[bytes]) -> Iterator[Event]:
-    """The events of a body, as they are complete."""
-    decoder = EventDecoder()
-    for chunk in chunks:
-        yield from decoder.feed(chunk)
-    yield from decoder.end()
-
-
-def without_fields(block: str) -> str:
-    """The lines of a plain body that are neither comments nor fields of an event stream."""
-    lines = []
-    for line in block.split("\n"):
-        name = line.partition(":")[0]
-        if name not in ("", "data", "event", "id", "retry") or line == "":
-            lines.append(line)
-    return "\n".join(lines)
+        data.clear()
+        if is_stream:
+            plain.clear()
+            size = 0
+    if not is_stream:
+        yield Event("\n".join(plain).strip(), is_plain=True)
 
 
 class ThinkingFilter:
@@ -1324,8 +1661,8 @@ class ThinkingFilter:
     """
 
     def __init__(self) -> None:
-        self.is_thinking = False
         self.has_thought = False
+        self._is_thinking = False
         self._is_through = False  # the answer has begun
         self._blanks: List[str] = []
         self._held = ""
@@ -1334,7 +1671,7 @@ class ThinkingFilter:
         """What can be shown now of the text."""
         if self._is_through or not text:
             return text
-        if self.is_thinking:
+        if self._is_thinking:
             return self._feed_thought(text)
         if not self._held and is_blank(text):
             self._blanks.append(text)
@@ -1345,7 +1682,7 @@ class ThinkingFilter:
         if not self.has_thought and start.startswith("<think>"):
             self._held = ""
             self._blanks.clear()
-            self.is_thinking = True
+            self._is_thinking = True
             self.has_thought = True
             return self._feed_thought(start[len("<think>") :])
         if not self.has_thought and "<think>".startswith(start):
@@ -1354,7 +1691,7 @@ class ThinkingFilter:
 
     def end(self) -> str:
         """What is still held back when the answer has ended."""
-        if self._is_through or self.is_thinking or not self._held:
+        if self._is_through or self._is_thinking or not self._held:
             return ""
         return self._begin_answer()
 
@@ -1365,7 +1702,7 @@ class ThinkingFilter:
         if not tag:
             self._held = self._held[1 - len("</think>") :]  # the tag may be cut
             return ""
-        self.is_thinking = False
+        self._is_thinking = False
         self._held = ""
         return self.feed(after)
 
@@ -1381,12 +1718,39 @@ class ThinkingFilter:
 class ErrorInside(Exception):
     """A reply with the status 200 carries an error."""
 
-    def __init__(self, body: Json) -> None:
+    def __init__(self, body: object) -> None:
         super().__init__()
         self.body = body
 
 
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of other bytes
+class Phase(enum.Enum):
+    """How far a reply has come."""
+
+    READING = "reading"
+    SETTLED = "settled"  # the answer has ended: only usage and [DONE] are expected
+    ENDED = "ended"
+
+
+# What a finish_reason means, in lower case. Any other one means that the server broke off.
+GOOD_ENDS = (
+    "stop end_turn eos eos_token end complete completed finished stop_sequence tool_calls tool"
+)
+GOOD_ENDS += " tool_call tool_use function_call done normal"
+CUT_ENDS = "length max_tokens max_length max_output_tokens max_completion_tokens token_limit"
+CUT_ENDS += " model_length model_context_window_exceeded context_length context_window_exceeded"
+REFUSED_ENDS = "content_filter content_filtered sensitive safety refusal moderation blocklist"
+REFUSED_ENDS += " prohibited_content"
+THOUGHT_FIELDS = (
+    "reasoning",
+    "reasoning_content",
+    "reasoning_details",
+    "reasoning_text",
+    "thinking",
+    "thinking_content",
+    "thought",
+    "thoughts",
+)
+ERROR_FIELDS = ("error", "error_message", "error_type", "detail")
 MODERATION_WORDS = {"guard", "safeguard", "guardian", "wildguard", "shield", "shieldgemma"}
 MODERATION_WORDS |= {"moderation"}
 
@@ -1397,165 +1761,238 @@ def is_moderation_model(name: str) -> bool:
     return not MODERATION_WORDS.isdisjoint(words) or "content-safety" in name.lower()
 
 
+def is_cut(finish_reason: str) -> bool:
+    """Whether this finish_reason says that the answer was too long."""
+    return finish_reason.lower() in CUT_ENDS.split()
+
+
 class Draft:
     """An answer being put together from the events of one reply.
 
-    `take` returns the text of each event. After the last one, `failure` says why the result is not
-    an answer, if it is not. A live draft is shown as it grows and cannot be taken back.
+    `take` returns the text of each event; `end` says why the result is not an answer, if it is
+    not. A live draft is shown as it grows and cannot be taken back.
     """
 
     def __init__(self, model: str, is_live: bool) -> None:
         self.is_live = is_live
+        self.phase = Phase.READING
         self.texts: List[str] = []
         self.usage: Json = {}
         self.finish_reason = ""
-        self.skipped_events = 0
-        self.is_done = False  # the end was said, or a plain body is complete
-        self.is_progress = False  # the latest event held text, reasoning or a finish_reason
-        self.is_settled = False  # nothing but usage and [DONE] is expected any more
-        self.status: Optional[int] = None  # of HTTP, and its headers, once they are there
-        self.headers: Mapping[str, str] = {}
-        self.tokens = 0  # that the request may cost
         self._model = model
         self._thinking = ThinkingFilter()
+        self._raw: List[str] = []  # the texts so far, with the thoughts in them
+        self._has_text = False  # that can be seen
+        self._half = ""  # the first half of a character
+        self._size = 0  # of the texts and thoughts, in characters
         self._has_reasoning = False
         self._refusals: List[str] = []
+        # What Transport notes of the exchange:
+        self.status: Optional[int] = None  # of HTTP, once it is there
+        self.headers: Mapping[str, str] = {}
+        self.request_id = ""
 
     @property
     def text(self) -> str:
         """The text so far."""
         return "".join(self.texts)
 
-    def take(self, event: Event) -> str:
-        """The text of an event that can be shown now.
+    def take(self, event: Event) -> Optional[str]:
+        """The text of an event that can be shown now; None if the event was no progress.
 
         Raises Failure when no answer can come of it any more, and ErrorInside.
         """
-        self.is_progress = False
-        if self.is_done or event.kind == "ping":
-            return ""
         if event.data == "[DONE]":
-            self.is_done = True
-            return ""
-        if not event.data.isascii() and NOT_UTF8.search(event.data):
-            raise Failure(Verdict.FAULT, "the answer is not UTF-8")
+            self.phase = Phase.ENDED
+            return None
+        if event.kind == "ping":
+            return None
 
         said = parsed(event.data)
         if isinstance(said, list) and len(said) == 1:
             said = said[0]
-        if event.is_plain:
-            self.is_done = bool(event.data)
         if event.kind == "error":
             raise ErrorInside(said if isinstance(said, dict) else {"error": said})
         if not isinstance(said, dict):
             self._take_malformed(event, said)
-            return ""
-        return self._take_object(said)
+            return None
+        if event.is_plain:
+            self.phase = Phase.ENDED
+        try:
+            return self._take_object(said)
+        except RecursionError:
+            raise Failure(Verdict.FAULT, "no answer in the reply: too deeply nested") from None
+
+    def _take_malformed(self, event: Event, said: object) -> None:
+        """An event that is no JSON object may have held a word of the answer."""
+        is_empty_body = event.is_plain and not event.data
+        if self.phase is not Phase.SETTLED and not is_empty_body:
+            raise ErrorInside({"error": f"no answer in the reply: {read_error(said).message}"})
 
     def end(self) -> str:
-        """The text that was held back until now, if the answer ends here."""
-        text = self._thinking.end()
-        if text:
-            self.texts.append(text)
-        return text
+        """The text that was held back until now. Raises Failure if this is no whole answer."""
+        shown = self._show("", is_last=True)
+        if not self.is_live:
+            # A thought whose beginning is missing: what stood before its end is not the answer.
+            before, tag, after = self.text.partition("</think>")
+            if tag and "<think>" not in before:
+                self._has_reasoning = True
+                self.texts = [after.lstrip()]
+        failure = self._failure()
+        if failure is not None:
+            raise failure
+        return shown
 
-    def failure(self) -> Optional[Failure]:
+    def _failure(self) -> Optional[Failure]:
         """Why this is no whole answer; None: it is one."""
-        text = self.text
-        if self.finish_reason == "content_filter":
-            return Failure(Verdict.REFUSED, self._refusal or "a content filter stopped the answer")
-        if self._refusals and is_blank(text):
-            return Failure(Verdict.REFUSED, self._refusal)
-        if not self.is_done and not self.finish_reason:
+        is_empty = is_blank(self.text)
+        reason = self.finish_reason.lower()
+        refusal = "".join(self._refusals)
+        if reason in REFUSED_ENDS.split() or (refusal and is_empty):
+            return Failure(Verdict.REFUSED, refusal or "a content filter stopped the answer")
+        if not reason and self.phase is not Phase.ENDED:
             what = "the reply holds no answer"
-            if text:
+            if self._has_text:
                 what = "the answer was cut: it has no end"
             return Failure(Verdict.FAULT, what)
-        if not is_blank(text):
+        if reason and not is_cut(reason) and reason not in GOOD_ENDS.split():
+            what = f"the server broke off: finish_reason {self.finish_reason}"
+            return Failure(Verdict.FAULT, what)
+        if not is_empty:
             return None
 
-        if self.finish_reason == "length":
-            reason = "max_tokens was used up before the answer began: raise max_tokens"
-            return Failure(Verdict.UNSUITABLE, reason, advice="raise --max-tokens")
+        if is_cut(reason):
+            reason = "max_tokens was used up before the answer began"
+            return Failure(Verdict.UNSUITABLE, reason, advice="raise max_tokens")
         if self._has_reasoning or self._thinking.has_thought:
             return Failure(Verdict.FAULT, "only reasoning came, no answer")
         return Failure(Verdict.FAULT, "the answer is empty")
 
-    @property
-    def _refusal(self) -> str:
-        """The model's own words of refusal."""
-        return shortened("".join(self._refusals))
-
-    def _take_malformed(self, event: Event, said: object) -> None:
-        """An event that is no JSON object may have held a word of the answer."""
-        if self.is_settled:
-            return  # nothing but usage was to come
-        if self.is_live and self.texts and not event.is_plain:
-            self.skipped_events += 1
-            return
-        if event.is_plain and not event.data:
-            return
-        words = read_error(said).message
-        raise Failure(Verdict.FAULT, f"no answer in the reply: {words}")
-
-    def _take_object(self, said: Json) -> str:
+    def _take_object(self, said: Json) -> Optional[str]:
         """The text of an event's JSON object; notes what else it says."""
-        choice = as_object(dig(said, "choices", 0))
-        message = as_object(choice.get("delta") or choice.get("message"))
+        choice = our_choice(said)
+        delta = as_object(choice.get("delta"))
+        message = as_object(choice.get("message"))
         groq = as_object(said.get("x_groq"))
-        finish_reason = choice.get("finish_reason")
-        self._raise_error_inside(said, choice, groq, finish_reason)
+        self._raise_error_inside(said, choice, groq)
         self._check_model(said.get("model"))
 
         usage = said.get("usage") or groq.get("usage")
         if usage:
             self.usage = usage_figures(usage) or self.usage
-        for name in ("reasoning", "reasoning_content"):
-            thought = message.get(name)
-            if isinstance(thought, str) and not is_blank(thought):
-                self._has_reasoning = True
-                self.is_progress = True
-        if isinstance(message.get("refusal"), str):
-            self._refusals.append(message["refusal"])
+        is_progress = self._take_thoughts([delta, message])
+        text = text_of(delta.get("content"))
+        if not text:
+            text = self._news_in(text_of(message.get("content")))
+        if text:
+            self._raw.append(text)
+            self._size += len(text)
+        if self._size > MAX_EVENT:
+            raise Failure(Verdict.FAULT, "the answer is longer than any model's")
+        if not is_blank(text):
+            is_progress = True
+            self._has_text = True
+            if self.phase is Phase.SETTLED:
+                self.phase = Phase.READING
 
-        text = text_of(message.get("content"))
-        if text and not is_blank(text):
-            self.is_progress = True
-            # Some gateways say "stop" in every chunk: after such a one more text may come.
-            self.is_settled = False
-        if isinstance(finish_reason, str) and finish_reason:
-            self._finish(finish_reason, has_text=bool(text))
+        finish_reason = choice.get("finish_reason")
+        if finish_reason:
+            is_progress = is_progress or not self.finish_reason
+            self._finish(str(finish_reason)[:100], has_text=bool(text))
+        shown = self._show(text)
+        return shown if is_progress or shown else None
 
-        shown = self._thinking.feed(text)
+    def _finish(self, finish_reason: str, has_text: bool) -> None:
+        """Note how the answer ended.
+
+        Some gateways say "stop" in every chunk, or in the first: it is the end only when it comes
+        alone and after some text.
+        """
+        self.finish_reason = finish_reason
+        if not has_text and self._has_text and self.phase is Phase.READING:
+            self.phase = Phase.SETTLED
+
+    def _news_in(self, whole: str) -> str:
+        """What a whole text adds to the one so far. Raises Failure if it is another text."""
+        if not whole:
+            return ""
+        so_far = "".join(self._raw)
+        if so_far.startswith(whole):
+            return ""
+        if self._half:  # a whole character may stand in its place now
+            so_far = so_far[:-1]
+            self._half = ""
+        if whole.startswith(so_far):
+            self._raw = [so_far]
+            return whole[len(so_far) :]
+        if self.is_live and self.texts:
+            raise Failure(Verdict.FAULT, "the server changed what it had said before")
+        self._raw.clear()
+        self._half = ""
+        self.texts.clear()
+        self._thinking = ThinkingFilter()
+        return whole
+
+    def _show(self, text: str, is_last: bool = False) -> str:
+        """What can be shown of the text now: in whole characters, and without thoughts."""
+        text = self._half + text
+        self._half = ""
+        if "\ud800" <= text[-1:] <= "\udbff" and not is_last:
+            self._half = text[-1]
+            text = text[:-1]
+        shown = self._thinking.feed(whole_characters(text))
+        if is_last:
+            shown += self._thinking.end()
         if shown:
             self.texts.append(shown)
         return shown
 
-    def _finish(self, finish_reason: str, has_text: bool) -> None:
-        """Note how the answer ended."""
-        if not self.finish_reason:
-            self.is_progress = True
-            self.is_settled = not has_text
-        self.finish_reason = finish_reason
+    def _take_thoughts(self, messages: Sequence[Json]) -> bool:
+        """Whether these hold reasoning, under any of its names; notes words of refusal."""
+        found = False
+        for message in messages:
+            for name in THOUGHT_FIELDS:
+                thought = message.get(name)
+                if not is_empty(thought):
+                    found = True
+                    self._size += len(thought) if isinstance(thought, str) else 0
+            content = message.get("content")
+            for part in content if isinstance(content, list) else []:
+                if is_thought(part) and not is_empty({**part, "type": ""}):
+                    found = True
+            if isinstance(message.get("refusal"), str):
+                self._refusals.append(message["refusal"])
+        self._has_reasoning = self._has_reasoning or found
+        return found
 
-    def _raise_error_inside(
-        self, said: Json, choice: Json, groq: Json, finish_reason: object
-    ) -> None:
+    def _raise_error_inside(self, said: Json, choice: Json, groq: Json) -> None:
         """Raise ErrorInside if the event carries an error, wherever it is."""
-        error = said.get("error") or choice.get("error") or groq.get("error")
-        if finish_reason == "error" and not error:
-            error = choice.get("native_finish_reason") or "finish_reason error"
-        if not error and not choice and read_error(said).message:
-            error = said  # Cerebras puts an error's fields at the top level (2026-10)
-        if error:
-            raise ErrorInside({"error": error, "status_code": said.get("status_code")})
+        for place in (said, choice, groq):
+            found = {name: place[name] for name in ERROR_FIELDS if not is_empty(place.get(name))}
+            if found:
+                raise ErrorInside({"status_code": said.get("status_code"), **found})
+        if str(choice.get("finish_reason")).lower() == "error":
+            raise ErrorInside(
+                {"error": choice.get("native_finish_reason") or "finish_reason error"}
+            )
+        if not said.get("choices") and read_error(said).message:
+            raise ErrorInside(said)  # Cerebras puts an error's fields at the top level (2026-10)
 
     def _check_model(self, model: object) -> None:
         """A router may let a moderation model answer (openrouter/free, 2026-10)."""
         if not isinstance(model, str) or is_moderation_model(self._model):
             return
         if is_moderation_model(model[:200]):
-            raise Failure(Verdict.FAULT, f"a moderation model answered: {model[:100]}")
+            raise Failure(Verdict.FAULT, f"a moderation model answered: {model[:200]}")
+
+
+def our_choice(said: Json) -> Json:
+    """The choice with the index 0, or without one; {} if there is none."""
+    choices = said.get("choices")
+    for choice in choices if isinstance(choices, list) else []:
+        if isinstance(choice, dict) and not choice.get("index"):
+            return choice
+    return {}
 
 
 def as_object(value: object) -> Json:
@@ -1565,13 +2002,27 @@ def as_object(value: object) -> Json:
     return {}
 
 
+def is_empty(value: object) -> bool:
+    """Whether nothing is in a JSON value, or in any of its parts: an error of this kind is none."""
+    if isinstance(value, dict):
+        return all(is_empty(part) for part in value.values())
+    if isinstance(value, list):
+        return all(is_empty(part) for part in value)
+    return not value or (isinstance(value, str) and is_blank(value))
+
+
+def is_thought(part: object) -> bool:
+    """Whether a part of a message's content is reasoning rather than text."""
+    return dig(part, "type") in ("thinking", "reasoning", "thought", "redacted_thinking")
+
+
 def text_of(content: object) -> str:
     """The text of a message's content, which may be a list of parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         return ""
-    texts = [dig(part, "text") for part in content]
+    texts = [dig(part, "text") for part in content if not is_thought(part)]
     return "".join(text for text in texts if isinstance(text, str))
 
 
@@ -1599,15 +2050,18 @@ def is_finite_number(value: object) -> bool:
 
 # --- 5. Transport: one HTTP exchange within its time limits -------------------------------------
 
-CONNECT_TIMEOUT = 5.0  # for all addresses of a host together
+CONNECT_TIMEOUT = 5.0  # for all addresses of a host together, and again for the TLS handshake
 CHECK_TIMEOUT = 10.0  # for a models list and the like
 USAGE_GRACE = 1.0  # after a finish_reason, for usage and [DONE]; for the words of an HTTP error
 END_GRACE = 0.2  # after [DONE], for the end of the body: then the connection can be kept
 SLOWEST_UPLOAD = 100000  # bytes a second; a question is given the time to arrive at this speed
-MAX_BODY = 32 * 1024 * 1024  # bytes; a longer reply is a fault
-POOL_WIDTH = 128  # connections kept per host; with urllib3's 10, threads would reconnect
+MAX_BODY = 64 * 1024 * 1024  # bytes of a reply; MAX_EVENT bounds what can be in it
+MAX_LIST = 2 * 1024 * 1024  # bytes of a models list (OpenRouter's has 530 KB, 2026-08)
 MAX_ERROR_BODY = 256 * 1024  # bytes of an HTTP error that are read
+MAX_LINE = 300  # characters of a reason that are shown
+POOL_WIDTH = 128  # connections kept per host; with urllib3's 10, threads would reconnect
 READ_SIZE = 65536
+REQUEST_IDS = ("x-request-id", "x-generation-id", "inference-id", "request-id")
 
 
 class TimeLimit:
@@ -1616,13 +2070,14 @@ class TimeLimit:
     It ends at its deadline, and before that when there has been no progress for the idle timeout.
     """
 
-    def __init__(self, clock: Clock, deadline: float, idle_timeout: float) -> None:
-        self.is_settled = False  # all that matters has come: running out of time is no failure
-        self._is_finished = False
+    def __init__(
+        self, clock: Clock, deadline: float, idle_timeout: float, is_share: bool = False
+    ) -> None:
         self.has_connected = False  # a connection was opened for this exchange
         self.is_reused = False  # an earlier exchange had opened it
         self._clock = clock
         self._deadline = deadline
+        self._is_share = is_share  # the deadline leaves time for others
         self._allowed = deadline - clock()
         self._idle_timeout = idle_timeout
         self._idle_until = clock() + idle_timeout
@@ -1631,222 +2086,222 @@ class TimeLimit:
         """The seconds that the next operation may take, 0 when there are none."""
         return max(0.0, min(self._deadline, self._idle_until) - self._clock())
 
-    def progress(self) -> None:
-        """The answer has made progress: restart the idle timeout."""
-        self._idle_until = self._clock() + self._idle_timeout
+    def progress(self, grace: float = math.inf) -> None:
+        """There was progress: allow the idle timeout anew, or a shorter grace period."""
+        self._idle_until = self._clock() + min(grace, self._idle_timeout)
 
     def postpone(self, seconds: float) -> None:
         """Put off the idle timeout: this time is not the server's."""
         self._idle_until += seconds
 
-    def settle(self, grace: float) -> None:
-        """All that matters has come: give the rest of the body this time."""
-        self.is_settled = True
-        self._idle_until = self._clock() + min(grace, self._idle_timeout)
-
-    def finish(self) -> None:
-        """The end marker has come: allow the rest of the body one short grace period."""
-        if not self._is_finished:
-            self._is_finished = True
-            self.settle(END_GRACE)
-
     def extend(self, deadline: float) -> None:
         """Move the deadline: what is being shown cannot be taken back."""
         self._deadline = deadline
+        self._is_share = False
 
-    def failure(self, reason: str, **details: Any) -> Failure:
-        """The failure of an exchange that broke off, for this reason or because time is up."""
-        now = self._clock()
-        if now >= self._deadline - 0.01:  # a socket may time out a little early
+    def overrun(self) -> Optional[Failure]:
+        """The failure of an exchange that has reached its deadline; None if it has not."""
+        if self._clock() < self._deadline - 0.01:  # a socket may time out a little early
+            return None
+        seconds = f"{self._allowed:.3g} s"
+        if self._is_share:
+            reason = f"no answer within {seconds}, its share of the time limit"
             return Failure(
-                Verdict.FAULT,
-                f"no answer within {self._allowed:.3g} s of the time limit",
-                is_blameless=True,
-                advice="raise the time limit (--timeout)",
+                Verdict.FAULT, reason, cause=Cause.TIME_SHARE, advice="raise the timeout"
             )
-        if now >= self._idle_until - 0.01:
+        reason = f"no answer within the time limit of {seconds}"
+        return Failure(Verdict.FAULT, reason, cause=Cause.TIME_LIMIT, advice="raise the timeout")
+
+    def failure(self, reason: str, cause: Cause = Cause.REPLY) -> Failure:
+        """The failure of an exchange that broke off, for this reason or because time is up."""
+        overrun = self.overrun()
+        if overrun is not None:
+            return overrun
+        if self._clock() >= self._idle_until - 0.01:
             reason = f"silent for {number_of(self._idle_timeout)} s"
-            return Failure(Verdict.FAULT, reason, delays_siblings=True)
-        return Failure(Verdict.FAULT, reason, **details)
+            return Failure(Verdict.FAULT, reason, cause=Cause.SILENCE)
+        return Failure(Verdict.FAULT, reason, cause=cause)
 
 
-class Redactor:
-    """Makes texts safe to show: one line, without keys, passwords and account ids."""
+def safe_line(text: str, secrets: Iterable[str]) -> str:
+    """A server's text in one line of at most 300 characters, without keys and account ids.
 
-    def __init__(self) -> None:
-        self._secrets: Set[str] = set()
-        self._patterns: List[Pattern[str]] = []
-
-    def add(self, secret: Optional[str]) -> None:
-        """Hide this secret from now on."""
-        text = stripped(secret)
-        if len(text) >= 4 and text not in self._secrets:
-            self._secrets.add(text)
-            # The longest come first, or a short one would leave half of a long one.
-            longest_first = sorted(self._secrets, key=len, reverse=True)
-            self._patterns = [secret_pattern(known) for known in longest_first]
-
-    def line(self, text: str) -> str:
-        """The text in one line of at most 300 characters, with secrets masked."""
-        line = shortened(text)
-        line = "".join(char if char.isprintable() else " " for char in line)
-        for pattern in self._patterns:
-            line = pattern.sub("[key]", line)
-
-        line = re.sub(r"(?i)\b(csk-|gsk_|sk-)[\w-]{8,}", "[key]", line)
-        line = re.sub(r"(?i)(?<=bearer )[\w.~+/=-]{8,}", "[key]", line)
-        line = re.sub(r"(?<=://)\S{1,300}@", "[key]@", line)
-        line = re.sub(r"\b(org|user)_\w+", r"\1_[id]", line)
-        if len(line) <= 300:
-            return line
-        return line[:299] + "…"
+    A secret is found before anything is cut: nothing would recognize half of one.
+    """
+    line = one_line(text)
+    line = "".join(char if char.isprintable() else " " for char in line)
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= 4:
+            line = secret_pattern(secret).sub("[key]", line)
+    line = KEY_PREFIX.sub("[key]", line)
+    line = re.sub(r"(?i)(?<=bearer )[\w.~+/=-]{8,}", "[key]", line)
+    line = re.sub(r"(?i)(?<=basic )[\w.~+/=-]{8,}", "[key]", line)
+    line = re.sub(r"(?<=://)\S{1,300}@", "[key]@", line)
+    line = re.sub(r"\b(org|user|proj)[_-]\w{6,}", r"\1_[id]", line)
+    if len(line) <= MAX_LINE:
+        return line
+    return line[: MAX_LINE - 1] + "…"
 
 
+@functools.lru_cache(maxsize=32)
 def secret_pattern(secret: str) -> Pattern[str]:
-    """Finds a secret in any case, broken by blanks or invisible characters, or in base64."""
+    """Finds a secret in any case, also URL-encoded, or broken by blanks."""
     gap = "[\\s\u00ad\u200b-\u200f\u2060\ufeff]{0,4}"
-    spellings = [gap.join(re.escape(char) for char in secret)]
-
-    # The base64 of a secret inside a text depends on its offset: three spellings are possible.
-    # The first and the last characters depend on the neighbours and are left out.
-    data = secret.encode("utf-8", "replace")
-    if len(data) >= 12:
-        for offset in range(3):
-            encoded = base64.b64encode(b"-" * offset + data).decode()
-            middle = encoded[4 if offset else 0 : len(encoded) - 4]
-            urlsafe = middle.replace("+", "-").replace("/", "_")
-            for spelling in (middle, urlsafe):
-                spellings.append(rf"[\w+/-]{{0,4}}{re.escape(spelling)}[\w+/=-]{{0,4}}")
+    spellings = []
+    for spelling in {secret, quote(secret), quote(secret, safe="")}:
+        spellings.append(gap.join(re.escape(char) for char in spelling))
     return re.compile("|".join(spellings), re.IGNORECASE)
 
 
-class BoundedStream(io.RawIOBase):
-    """The bytes of a socket, each recv within the time limit."""
-
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase, limit: TimeLimit) -> None:
-        self._sock = sock
-        self._raw = raw
-        self._limit = limit
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> Optional[int]:
-        """Read what is there, within the time that is left."""
-        left = self._limit.left()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        self._sock.settimeout(left)
-        return cast(Any, self._raw).readinto(buffer)  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
+EXCHANGE = threading.local()  # its `limit` is the TimeLimit of the exchange that a thread begins
 
 
-class BoundedResponse:
-    """A mixin for http.client.HTTPResponse that puts a time limit on every read."""
-
-    limits: threading.local
-
-    def __init__(self, sock: socket.socket, *args: Any, **more: Any) -> None:
-        super().__init__(sock, *args, **more)  # type: ignore[call-arg]
-        raw = cast(Any, self).fp.detach()
-        stream = BoundedStream(sock, raw, self.limits.current)
-        cast(Any, self).fp = io.BufferedReader(stream, READ_SIZE)
-
-    def begin(self) -> None:
-        """Read the headers, and forget malformed ones."""
-        super().begin()  # type: ignore[misc]
-        # urllib3 would log a header line without a colon, and a key may be in it.
-        headers = cast(Any, self).msg
-        headers.defects.clear()
-        headers.set_payload([])
-
-
-class BoundedConnection:
-    """A mixin for urllib3's connections that puts time limits on connecting and sending."""
-
-    limits: threading.local
-
-    def connect(self) -> None:
-        """Note that this exchange opened the connection."""
-        self.limits.current.has_connected = True
-        super().connect()  # type: ignore[misc]
-
-    def _new_conn(self) -> socket.socket:
-        """Connect to the first address that answers.
-
-        urllib3 gives each address the whole timeout, so four dead ones take four times as long.
-        Here they share it.
-        """
-        from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
-
-        connection = cast(Any, self)
-        host = connection.host.strip("[]")
-        until = time.monotonic() + min(CONNECT_TIMEOUT, self.limits.current.left())
-        problem: Optional[Exception] = None
-        try:
-            addresses = socket.getaddrinfo(host, connection.port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            addresses = []
-            problem = error
-
-        for number, (family, kind, protocol, _, address) in enumerate(addresses):
-            share = (until - time.monotonic()) / (len(addresses) - number)
-            sock: Optional[socket.socket] = None
-            try:
-                sock = socket.socket(family, kind, protocol)
-                for option in connection.socket_options or ():
-                    sock.setsockopt(*option)
-                sock.settimeout(max(0.001, share))
-                sock.connect(address)
-                return sock
-            except OSError as error:
-                if sock is not None:
-                    sock.close()
-                problem = error
-
-        if isinstance(problem, socket.timeout):
-            raise ConnectTimeoutError(connection, "the connection timed out") from problem
-        raise NewConnectionError(connection, f"cannot connect: {problem}") from problem
-
-    def send(self, data: Any) -> None:
-        """Send in pieces: each that is taken counts as progress of a slow upload."""
-        limit = self.limits.current
-        data = memoryview(data)
-        for start in range(0, len(data), READ_SIZE):
-            sock = cast(Any, self).sock
-            if sock is not None:
-                limit.is_reused = not limit.has_connected
-                sock.settimeout(max(0.001, limit.left()))
-            super().send(data[start : start + READ_SIZE])  # type: ignore[misc]
-            limit.progress()
-
-
-def bounded_session(current_limits: threading.local) -> requests.Session:
-    """A session whose every socket operation obeys `current`, this thread's TimeLimit.
+class Bounded:
+    """A mixin for sockets: each operation obeys the time limit of the exchange that uses it.
 
     The timeouts of requests hold for one recv at a time, so a dripped header, a dripped chunk
-    size or endless trailers would outlive any limit. Here all bytes pass through one place, which
-    checks the limit before each recv. The classes override attributes that http.client and
-    urllib3 document, and `_new_conn`, which urllib3 1.21 to 2 have in common.
+    size or endless trailers would outlive any limit. All bytes pass through here instead.
+    """
+
+    limit: Optional[TimeLimit] = None
+
+    def sendall(self, data: Any, *more: Any) -> None:
+        """Send in pieces: each that is taken counts as progress of a slow upload."""
+        limit: TimeLimit = EXCHANGE.limit
+        limit.is_reused = not limit.has_connected
+        self.limit = limit
+        view = memoryview(data)
+        for start in range(0, len(view), READ_SIZE):
+            self._obey_limit()
+            super().sendall(view[start : start + READ_SIZE], *more)  # type: ignore[misc]
+            limit.progress()
+
+    def recv_into(self, *arguments: Any) -> int:
+        """Read what is there, within the time that is left."""
+        self._obey_limit()
+        return super().recv_into(*arguments)  # type: ignore[misc,no-any-return]
+
+    def recv(self, *arguments: Any) -> bytes:
+        """Read what is there, within the time that is left."""
+        self._obey_limit()
+        return super().recv(*arguments)  # type: ignore[misc,no-any-return]
+
+    def _obey_limit(self) -> None:
+        """Let the next operation take the time that is left."""
+        if self.limit is not None:
+            left = self.limit.left()
+            if left <= 0:
+                raise socket.timeout("timed out")
+            cast(socket.socket, self).settimeout(left)
+
+
+class BoundedSocket(Bounded, socket.socket):
+    """A plain connection; `bounded_session` makes the same of ssl.SSLSocket."""
+
+
+def connected(host: str, port: int, options: Iterable[Any]) -> socket.socket:
+    """A connection to the first address that answers. Raises OSError, also for unknown names.
+
+    urllib3 gives each address the whole timeout, so four dead ones take four times as long. Here
+    they share it, and the name server has a time of its own.
+    """
+    limit = EXCHANGE.limit
+    limit.has_connected = True
+    started = time.monotonic()
+    addresses = addresses_of(host, port, limit.left())
+    limit.postpone(time.monotonic() - started)
+
+    until = time.monotonic() + min(CONNECT_TIMEOUT, limit.left())
+    problem = OSError(f"{host} has no address")
+    for number, (family, kind, protocol, _, address) in enumerate(addresses):
+        share = (until - time.monotonic()) / (len(addresses) - number)
+        sock = BoundedSocket(family, kind, protocol)
+        try:
+            for option in options:
+                sock.setsockopt(*option)
+            sock.settimeout(max(0.001, share))
+            sock.connect(address)
+            sock.settimeout(max(0.001, min(CONNECT_TIMEOUT, limit.left())))  # for the handshake
+            return sock
+        except OSError as error:
+            sock.close()
+            problem = error
+    raise problem
+
+
+def addresses_of(host: str, port: int, seconds: float) -> List[Any]:
+    """The addresses of a host. Raises OSError if they are not known within the time.
+
+    The name is looked up in a thread, as nothing else can end a look-up.
+    """
+    found: queue.Queue[Any] = queue.Queue()
+
+    def look_up() -> None:
+        try:
+            found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except OSError as error:
+            found.put(error)
+        except UnicodeError:
+            found.put(socket.gaierror(f"{host} is no name of a host"))
+
+    try:
+        threading.Thread(target=look_up, daemon=True).start()
+    except RuntimeError:  # no more threads can be started
+        look_up()
+    try:
+        result = found.get(timeout=max(0.001, seconds))
+    except queue.Empty:
+        raise socket.timeout("the name server did not answer in time") from None
+    if isinstance(result, OSError):
+        raise result
+    return cast(List[Any], result)
+
+
+def bounded_session() -> requests.Session:  # noqa: C901 - small classes, of packages imported late
+    """A session that uses bounded sockets, plain and TLS, and skips interim replies.
+
+    The classes override what http.client, ssl and urllib3 document, and `_new_conn`, which
+    urllib3 1.21 to 2 have in common.
     """
     import requests  # noqa: I001 - the first, so that its name is told when it is missing
+    import ssl
     from http.client import HTTPResponse
-    from urllib3.connection import HTTPConnection, HTTPSConnection
     from urllib3 import connectionpool
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+    from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+    from urllib3.util.ssl_ import create_urllib3_context
 
-    class Response(BoundedResponse, HTTPResponse):
-        limits = current_limits
+    class SecureSocket(Bounded, ssl.SSLSocket):
+        pass
 
-    class Connection(BoundedConnection, HTTPConnection):  # type: ignore[misc,unused-ignore]
-        limits = current_limits
+    class Response(HTTPResponse):
+        def begin(self) -> None:
+            super().begin()
+            while 100 <= self.status < 200 and self.status != HTTPStatus.SWITCHING_PROTOCOLS:
+                self.headers = cast(Any, None)  # such as 103, Early Hints: the reply is to come
+                super().begin()
+            # urllib3 would log a header line without a colon, and a key may be in it.
+            self.msg.defects.clear()
+            self.msg.set_payload([])
+
+    class Connecting:
         response_class = Response
 
-    class SecureConnection(BoundedConnection, HTTPSConnection):  # type: ignore[misc,unused-ignore]
-        limits = current_limits
-        response_class = Response
+        def _new_conn(self) -> socket.socket:
+            connection = cast(Any, self)
+            try:
+                host = connection.host.strip("[]")
+                return connected(host, connection.port, connection.socket_options or ())
+            except socket.timeout as error:
+                raise ConnectTimeoutError(connection, f"timed out: {error}") from error
+            except OSError as error:
+                raise NewConnectionError(connection, f"cannot connect: {error}") from error
+
+    class Connection(Connecting, HTTPConnection):  # type: ignore[misc,unused-ignore]
+        pass
+
+    class SecureConnection(Connecting, HTTPSConnection):  # type: ignore[misc,unused-ignore]
+        pass
 
     # These two names show in error messages.
     class HTTPConnectionPool(connectionpool.HTTPConnectionPool):
@@ -1856,14 +2311,16 @@ def bounded_session(current_limits: threading.local) -> requests.Session:
         ConnectionCls = SecureConnection
 
     pools = {"http": HTTPConnectionPool, "https": HTTPSConnectionPool}
+    tls = create_urllib3_context()
+    tls.sslsocket_class = SecureSocket
 
     class Adapter(requests.adapters.HTTPAdapter):
         def init_poolmanager(self, *args: Any, **more: Any) -> None:
-            super().init_poolmanager(*args, **more)
+            super().init_poolmanager(*args, ssl_context=tls, **more)
             self.poolmanager.pool_classes_by_scheme = pools
 
         def proxy_manager_for(self, proxy: Any, **more: Any) -> Any:
-            manager = super().proxy_manager_for(proxy, **more)
+            manager = super().proxy_manager_for(proxy, ssl_context=tls, **more)
             if not str(proxy).lower().startswith("socks"):
                 manager.pool_classes_by_scheme = pools
             return manager
@@ -1884,74 +2341,106 @@ class Reply:
     """The reply to one request, read as it comes."""
 
     def __init__(self, response: requests.Response, limit: TimeLimit) -> None:
-        self.limit = limit
         self.status = response.status_code
         self.headers = {name.lower(): value for name, value in response.headers.items()}
         self.is_success = 200 <= self.status < 300
+        self._limit = limit
         self._raw: Any = response.raw
         self._is_complete = False  # read to the end: the connection can be used again
 
-    def chunks(self) -> Iterator[bytes]:
+    def pieces(self, most: int = MAX_BODY) -> Iterator[bytes]:
         """The body, decompressed, in pieces as they come. Raises Failure."""
         from http.client import HTTPException
 
         from urllib3.exceptions import HTTPError
 
         encoding = self.headers.get("content-encoding", "").lower()
-        pieces = self._pieces()
+        pieces = self._sent_pieces()
         if "gzip" in encoding or "deflate" in encoding:
             pieces = unpacked(pieces)
 
         size = 0
-        most = MAX_ERROR_BODY
-        if self.is_success:
-            most = MAX_BODY
         try:
             for piece in pieces:
                 size += len(piece)
-                if size >= most and not self.is_success:
-                    return  # the status says enough
-                if size >= most:
+                if size > most:
                     raise Failure(Verdict.FAULT, f"the reply is longer than {most} bytes")
                 yield piece
         except (OSError, EOFError, ValueError, HTTPException, HTTPError, zlib.error):
-            if self.is_success and not self.limit.is_settled:
-                raise self.limit.failure("the answer was cut: its end did not come") from None
+            raise self._limit.failure("the answer was cut: its end did not come") from None
+
+    def events(self, draft: Draft) -> Iterator[Event]:
+        """The events until the draft has ended. Raises Failure if they break off before."""
+        try:
+            for event in events_in(lines_in(self.pieces())):
+                if self._limit.left() <= 0:
+                    raise self._limit.failure("no end came in time")
+                yield event
+                if draft.phase is Phase.ENDED:
+                    break
+        except Failure:
+            if draft.phase is not Phase.SETTLED:  # only usage was still to come
+                raise
+        self._limit.progress(END_GRACE)
+        self._read_rest()
+
+    def error(self) -> Any:
+        """The body of a reply that is no success, as JSON or text; as far as it comes."""
+        self._limit.progress(USAGE_GRACE)
+        data = b""
+        with contextlib.suppress(Failure):  # the status says enough
+            for piece in self.pieces(MAX_ERROR_BODY):
+                data += piece
+        lines = data.decode("utf-8-sig", "replace").split("\n")
+        return parsed(next(events_in(lines)).data)
 
     def close(self) -> None:
-        """Give the connection back if the body was read to its end, else close it.
+        """Give the connection back if the reply was whole and ordinary, else close it.
 
         The garbage collector may run this for a stream that nobody has read to its end, so it
         must not touch the pool's lock then.
         """
-        if self._is_complete:
+        is_ordinary = self.status >= 200 and self.status not in (204, 205, 304)
+        if "content-length" in self.headers and "transfer-encoding" in self.headers:
+            is_ordinary = False
+        if self._is_complete and is_ordinary:
             self._raw.release_conn()
         else:
             self._raw.close()
 
-    def _pieces(self) -> Iterator[bytes]:
-        """The body as the server sent it. Raises EOFError if its end is missing."""
+    def _read_rest(self) -> None:
+        """Read what follows the end of an answer, so that the connection can be kept."""
+        with contextlib.suppress(Failure):
+            for _ in self.pieces(READ_SIZE):
+                pass
+
+    def _sent_pieces(self) -> Iterator[bytes]:
+        """The body as the server sends it. Raises EOFError if its end is missing."""
         # urllib3's own methods wait for a full block, so a slow stream would look like silence.
         # http.client's response below it has read1, which gives what is there.
         source = getattr(self._raw, "_fp", self._raw)
-        while True:
-            if self.limit.left() <= 0:
+        while not self._is_complete:
+            if self._limit.left() <= 0:
                 raise socket.timeout("timed out")
             piece = source.read1(READ_SIZE)
-            if not piece:
-                break
-            yield piece
-        if getattr(source, "length", None):
-            raise EOFError
-        self._is_complete = True
-        source.close()  # http.client waits for this before it uses the connection again
+            if piece:
+                yield piece
+                continue
+            if getattr(source, "length", None):
+                raise EOFError
+            self._is_complete = True
+            source.close()  # http.client waits for this before it uses the connection again
 
 
 def unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The pieces of a compressed body, decompressed."""
+    """The pieces of a compressed body, decompressed; it may have several members."""
     unpack = zlib.decompressobj(47)  # 47: gzip or deflate
     for piece in pieces:
-        yield unpack.decompress(piece, MAX_BODY)
+        while piece:
+            if unpack.eof:
+                unpack = zlib.decompressobj(47)
+            yield unpack.decompress(piece, READ_SIZE)
+            piece = unpack.unconsumed_tail or unpack.unused_data
     if not unpack.eof:
         raise EOFError
 
@@ -1963,17 +2452,23 @@ class Transport:
     followed.
     """
 
-    def __init__(self, clock: Clock, wall_clock: Clock, session: object = None) -> None:
-        self.redactor = Redactor()
+    def __init__(
+        self,
+        clock: Clock,
+        wall_clock: Clock,
+        session: object = None,
+        keys: Callable[[], Iterable[str]] = tuple,
+    ) -> None:
         self._clock = clock
         self._wall_clock = wall_clock
+        self._keys = keys  # those of all providers
         self._given_session = cast("Optional[requests.Session]", session)
+        self._passwords: Set[str] = set()  # of proxies
         self.renew()
 
     def renew(self) -> None:
         """Begin without connections, as each process must after a fork."""
-        self._limits = threading.local()
-        self._session = self._given_session or bounded_session(self._limits)
+        self._session = self._given_session or bounded_session()
         self._templates: Dict[Tuple[str, str, str], Tuple[Any, Dict[str, Any]]] = {}
 
     def close(self) -> None:
@@ -1985,42 +2480,75 @@ class Transport:
     ) -> Generator[str, None, None]:
         """Send a question; the text of the draft comes out as it comes in. Raises Failure."""
         limit.postpone(len(body) / SLOWEST_UPLOAD)
-        with contextlib.closing(
-            self._open("POST", row, "/chat/completions", key, body, limit)
-        ) as reply:
-            draft.status = reply.status
-            draft.headers = reply.headers
-            if not reply.is_success:
-                limit.settle(USAGE_GRACE)
-
-            for event in events_in(reply.chunks()):
-                text = self._take(event, draft, reply)
-                note_progress(draft, limit)
-                if text:
-                    given = self._clock()
-                    yield text
-                    limit.postpone(self._clock() - given)  # the caller's own time
-            yield draft.end()
+        with self._safe_failures(key):
+            reply = self._open("POST", row, "/chat/completions", key, body, limit)
+            with contextlib.closing(reply):
+                draft.status = reply.status
+                draft.headers = reply.headers
+                draft.request_id = self._request_id(reply, key)
+                if not reply.is_success:
+                    raise self._judged(reply, reply.error())
+                for event in reply.events(draft):
+                    text = self._take(event, draft, reply)
+                    if text == "" or (text and not is_blank(text)):
+                        settled = draft.phase is Phase.SETTLED
+                        limit.progress(USAGE_GRACE if settled else math.inf)
+                    if text:
+                        given = self._clock()
+                        yield text
+                        limit.postpone(self._clock() - given)  # the caller's own time
+                yield draft.end()
 
     def get(self, row: Provider, path: str, key: str, deadline: float) -> Json:
         """The JSON object that a GET of the path gives. Raises Failure."""
         limit = TimeLimit(self._clock, min(deadline, self._clock() + CHECK_TIMEOUT), CHECK_TIMEOUT)
-        with contextlib.closing(self._open("GET", row, path, key, None, limit)) as reply:
-            body = parsed(b"".join(reply.chunks()))
-            if reply.status != 200 or not isinstance(body, dict):
-                raise judge(reply.status, reply.headers, body, self._wall_clock())
-            return body
+        with self._safe_failures(key):
+            reply = self._open("GET", row, path, key, None, limit)
+            with contextlib.closing(reply):
+                if reply.status != 200:
+                    raise self._judged(reply, reply.error())
+                body = parsed(b"".join(reply.pieces(MAX_LIST)))
+                if not isinstance(body, dict):
+                    raise self._judged(reply, body)
+                return body
 
-    def _take(self, event: Event, draft: Draft, reply: Reply) -> str:
-        """The text of an event. Raises Failure for an error."""
-        if not reply.is_success:
-            body = parsed(event.data)
-            raise judge(reply.status, reply.headers, body, self._wall_clock())
+    def safe(self, text: str, key: str) -> str:
+        """A server's text, safe to show: in one line, without keys and account ids."""
+        used_lately = {name[2] for name in self._templates}
+        return safe_line(text, {key, *used_lately, *self._keys(), *self._passwords})
+
+    @contextlib.contextmanager
+    def _safe_failures(self, key: str) -> Iterator[None]:
+        """Let no failure out before its texts are safe to show."""
+        try:
+            yield
+        except Failure as failure:
+            failure.reason = self.safe(failure.reason, key)
+            failure.summary = self.safe(failure.summary, key)
+            failure.advice = self.safe(failure.advice, key)
+            raise
+
+    def _judged(self, reply: Reply, body: object) -> Failure:
+        """What a reply without an answer means."""
+        failure = judge(reply.status, reply.headers, body, self._wall_clock())
+        if failure.verdict is Verdict.UNSUITABLE and "stream_options" in str(body):
+            failure.cause = Cause.OPTIONS
+        return failure
+
+    def _take(self, event: Event, draft: Draft, reply: Reply) -> Optional[str]:
+        """The text of an event, None if it is no progress. Raises Failure for an error."""
         try:
             return draft.take(event)
         except ErrorInside as error:
-            now = self._wall_clock()
-            raise judge(200, reply.headers, error.body, now) from None
+            raise self._judged(reply, error.body) from None
+
+    def _request_id(self, reply: Reply, key: str) -> str:
+        """What the provider calls this request, "" if it does not say."""
+        for name in REQUEST_IDS:
+            value = reply.headers.get(name, "")
+            if re.fullmatch(r"[\w.:-]{1,100}", value) and self.safe(value, key) == value:
+                return value
+        return ""
 
     def _open(
         self,
@@ -2040,7 +2568,7 @@ class Transport:
         left = limit.left()
         if left <= 0:
             raise limit.failure("no time was left")
-        self._limits.current = limit
+        EXCHANGE.limit = limit
         timeout = (min(CONNECT_TIMEOUT, left), left)
         adapter = None
         try:
@@ -2051,8 +2579,8 @@ class Transport:
             adapter = self._session.get_adapter(url)
             return Reply(adapter.send(request, timeout=timeout, **settings), limit)
         except (OSError, ValueError, HTTPException, HTTPError) as error:
-            failure = network_failure(error, url, limit)
-        if failure.is_stale and self._given_session is None:
+            failure = network_failure(error, row, limit)
+        if failure.cause is Cause.STALE and self._given_session is None:
             cast(Any, adapter).forget_connections()  # the others are as old
         raise failure
 
@@ -2071,12 +2599,14 @@ class Transport:
             }
             if key:
                 headers["Authorization"] = "Bearer " + key
-                self.redactor.add(key)
             request = requests.Request(method, url, headers).prepare()
             merged = self._session.merge_environment_settings(url, {}, True, None, None)
             settings: Dict[str, Any] = dict(merged)
             settings["proxies"] = self._proxies(url, settings["proxies"])
+            if len(self._templates) >= POOL_WIDTH:
+                self._templates.clear()  # keys that change all the time must not pile up
             self._templates[name] = (request, settings)
+            return request, settings
         return self._templates[name]
 
     def _proxies(self, url: str, proxies: Mapping[str, str]) -> Dict[str, str]:
@@ -2090,8 +2620,7 @@ class Transport:
             return {}
         for proxy in proxies.values():
             user_and_password = str(proxy).rpartition("@")[0].rpartition("://")[2]
-            self.redactor.add(user_and_password)
-            self.redactor.add(user_and_password.partition(":")[2])
+            self._passwords.update({user_and_password, user_and_password.partition(":")[2]})
 
         proxy = select_proxy(url, dict(proxies)) or ""
         try:
@@ -2103,22 +2632,11 @@ class Transport:
             raise Failure(
                 Verdict.FAULT,
                 "HTTPS_PROXY holds no valid address",
-                reaches_provider=True,
-                is_unreachable=True,
+                Reach.PROVIDER,
+                Cause.UNREACHABLE,
                 advice="check HTTPS_PROXY: special characters in a password must be %-encoded",
             )
         return dict(proxies)
-
-
-def note_progress(draft: Draft, limit: TimeLimit) -> None:
-    """Tell the time limit what the latest event of a draft means."""
-    if draft.is_done:
-        limit.finish()
-    elif draft.is_settled and draft.is_progress:
-        limit.settle(USAGE_GRACE)
-    elif draft.is_progress:
-        limit.is_settled = False
-        limit.progress()
 
 
 def causes_of(error: BaseException) -> List[BaseException]:
@@ -2134,19 +2652,21 @@ def causes_of(error: BaseException) -> List[BaseException]:
     return found
 
 
-def network_failure(error: Exception, url: str, limit: TimeLimit) -> Failure:
+def network_failure(error: Exception, row: Provider, limit: TimeLimit) -> Failure:
     """What it means that a request got no reply: the server, its address or our own network."""
     from http.client import HTTPException
 
     from requests.exceptions import ConnectTimeout, ProxyError, ReadTimeout, SSLError
+    from urllib3.exceptions import InvalidHeader
 
     causes = causes_of(error)
     closed = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
     if not isinstance(error, (ConnectTimeout, SSLError, ProxyError)):
         if any(isinstance(cause, closed) for cause in causes):
-            failure = limit.failure("the connection was closed without a reply")
-            failure.is_stale = limit.is_reused
-            return failure
+            cause = Cause.STALE if limit.is_reused else Cause.REPLY
+            return limit.failure("the connection was closed without a reply", cause)
+        if any(isinstance(cause, InvalidHeader) for cause in causes):
+            return limit.failure("the reply is not HTTP: it has two different lengths")
         if any(isinstance(cause, HTTPException) for cause in causes):
             return limit.failure("the reply is not HTTP")
         if isinstance(error, ReadTimeout) or "Read timed out" in str(error)[:1000]:
@@ -2154,14 +2674,19 @@ def network_failure(error: Exception, url: str, limit: TimeLimit) -> Failure:
 
     # Only the beginning is looked at: a server can put a long line into an exception.
     words = str(error)[:1000].partition(" (Caused by")[0]
-    what, advice = unreachable_because(causes, urlsplit(url).hostname or url)
-    return limit.failure(
+    host = host_of(row.base_url)
+    what, advice = unreachable_because(causes, host)
+    if is_loopback(row.base_url) and "refused" in what:
+        advice = "is the server running?"
+    failure = Failure(
+        Verdict.FAULT,
         f"{words}; {what}" if words else what,
-        reaches_provider=True,
-        is_unreachable=True,
+        Reach.PROVIDER,
+        Cause.UNREACHABLE,
         summary=what,
         advice=advice,
     )
+    return limit.overrun() or failure
 
 
 def unreachable_because(causes: Sequence[BaseException], host: str) -> Tuple[str, str]:
@@ -2203,417 +2728,376 @@ def connect_problem(causes: Sequence[BaseException]) -> str:
     return "no connection"
 
 
-# --- 6. Health: what is known of providers and models across questions --------------------------
+# --- 6. Health: what is known of models and accounts across questions ---------------------------
 
 
 class Candidate(NamedTuple):
-    """A model of a provider."""
+    """A model of a provider, and the key to ask it with."""
 
     row: Provider
     model: str
     position: str = "1/1"  # its place among the models of its provider, such as 2/3
+    key: str = ""
+    number: int = 1  # of the key
+    has_twins: bool = False  # the provider has other keys
+
+    @property
+    def label(self) -> str:
+        """The name of its account: "groq", or "groq (key 2)"."""
+        return label_of(self.row.name, self.number, self.has_twins)
+
+    def __repr__(self) -> str:
+        return f"<{self.label} {self.model}>"
 
 
-MAX_GUESS = 20.0  # seconds for which a fault puts a model last: it may recover at any time
+def label_of(provider: str, number: int, has_twins: bool) -> str:
+    """The name of an account, which tells keys apart where there are several."""
+    if has_twins:
+        return f"{provider} (key {number})"
+    return provider
 
 
 @dataclasses.dataclass(eq=False)
-class Mark:
-    """The failures of a provider, or of one of its models, since its last success."""
+class Turn:
+    """A candidate in the line of one question."""
 
-    verdict: Verdict = Verdict.FAULT
-    failures: int = 0
-    failed_at: float = -math.inf
-    ready_at: float = -math.inf  # the server's word: nobody asks before
-    later_until: float = -math.inf  # our own guess: it is asked last until then
-    probed_until: float = -math.inf  # somebody is trying it: the others ask it last until then
-
-
-OPENING = 32  # requests under way to a model of which nothing is known; more with each answer
-CAREFUL_OPENING = 2  # the same once a rate limit was met anywhere
-HOLD = 0.05  # seconds after which a question that was held back looks again, at the soonest
-ENOUGH = 3  # answers in a row, and several requests may be under way again
-LATENCY_GUESS = 0.5  # seconds that a request takes, before the first answer
-MARGIN = 1.05  # the measured gap is widened by this, so that the next refusal is far away
-MAX_GROWTH = 10.0  # a gap grows at most by this factor at a time
-EASING = 0.002  # an answer shortens the gap by this share ...
-EASING_DOUBLES = 12  # ... which doubles after so many answers without a refusal
-MIN_GAP = 0.001  # seconds
-WIDEST = 4  # times the first backoff, or twice a hint: no gap is wider
-MAX_PROBE_GAP = 20.0  # seconds between two probes of a model that refuses everything
-MAX_PACED_HINT = 120.0  # seconds; a longer hint is about an hour or a day, not about the pace
+    candidate: Candidate
+    attempts: int = 0  # used, also by failures that reached the whole provider
+    requests: int = 0  # sent
+    ready_at: float = -math.inf  # the question does not ask it before
+    patience: float = 0.0  # how long the question waits for it although others are ready
+    turns: int = 0  # it has had, and lost its place with; who has had fewer comes before
+    place: int = 0  # among those who have had as many
+    had_second: bool = False  # it was asked again at once: the first time was our own fault
+    # As it stood when the question last looked at it:
+    wait: float = 0.0  # seconds until it can be asked
+    hold: float = 0.0  # the same for our own pacing
+    is_later: bool = False  # it failed lately, or somebody is trying it just now
+    has_slot: bool = False  # it is being asked
+    begun: float = 0.0  # when it was asked
 
 
-class Pace:
-    """How fast a model or an account can be asked without being refused.
+MAX_GUESS = 20.0  # seconds for which a fault puts a model last: it may recover at any time
+SHORT_SILENCES = 2  # times that a model did not answer within its share of the time, to learn it
+MOST_LANES = 1000  # those that say nothing are forgotten then: keys may change all the time
+LIST_PAUSE = 600.0  # seconds until a models list is fetched again
 
-    While no limit is known, a limited number of requests may be under way, and more with each
-    answer. After a refusal, requests are spaced one gap apart. Between two points at which the
-    quota ran out, the server granted exactly what its rate allows, so the gap is the time between
-    them divided by the requests granted. Refusals of requests sent together count only once.
-    """
 
-    def __init__(self, is_account: bool) -> None:
-        self.refused_at = -math.inf  # the last refusal that counted
-        self._is_account = is_account  # it has slots when its limit is known, but no window
-        self._gap = 0.0  # seconds between two requests; 0: no limit is known
-        self._slot_at = -math.inf  # the next free slot
-        self._is_careful = False
-        self._window = float(OPENING)  # requests that may be under way while no limit is known
-        self._under_way = 0  # slots that are taken, and of these
-        self._sent = 0  # the requests that have no reply yet
-        self._room = math.inf  # requests that the server has room for, as it said last
-        self._latency = 0.0  # seconds that the last answer took
-        self._measured_from = math.nan  # when the quota had ended before, or the first request
-        self._granted = 0  # since then
-        self._refusals = 0  # since the last answer
-        self._span = 0.0  # of the last measurement: the time, the requests granted in it,
-        self._spent = 0
-        self._most = math.inf  # and the largest gap that it may give
-        self._is_rough = False  # it was the first one, after a burst, and says little
+class Lane:
+    """What is known of a model, an account or a provider: its failures, its pauses, its pace."""
 
-    def slot_at(self, now: float) -> float:
-        """When the next request can be sent."""
-        if self._gap:
-            return max(now, self._slot_at)
-        if self.is_full():
-            # There may be room for another request then.
-            return now + (max(HOLD, self._latency / 2) if self._is_careful else HOLD)
-        return now
+    def __init__(self, is_model: bool = True) -> None:
+        self.verdict = Verdict.FAULT  # of the latest failure
+        self.failures = 0  # since the last success
+        self.failed_at = -math.inf
+        self.ready_at = -math.inf  # the server's word: nobody asks before
+        self.later_until = -math.inf  # our own guess: it is asked last until then
+        self.leased_until = -math.inf  # somebody is trying it: the others ask it last until then
+        self.silences = 0  # attempts that did not answer within their share of the time
+        self.searching_until = -math.inf  # somebody is fetching the provider's models list
+        self.search_again_at = -math.inf
+        self.last_success = 0.0  # of an account, in seconds since the epoch
+        self.last_failure = 0.0
+        self.failures_in_a_row = 0  # of all models of an account
+        self._is_model = is_model
+        self.forget_pace()
 
-    def is_full(self) -> bool:
-        """Whether enough requests are under way for the little that is known."""
-        if self._gap or self._is_account:
-            return False
-        return self._under_way >= self._window
+    def forgive(self) -> None:
+        """There was a success: forget the failures."""
+        self.failures = 0
+        self.failed_at = -math.inf
+        self.ready_at = -math.inf
+        self.later_until = -math.inf
+        self.leased_until = -math.inf
 
-    def be_careful(self) -> None:
-        """A rate limit was met somewhere: this one may have one too."""
-        self._is_careful = True
-        self._window = min(self._window, CAREFUL_OPENING)
+    def is_silent(self, now: float) -> bool:
+        """Whether the lane says nothing that matters now."""
+        return self.failures == 0 and self._under_way == 0
 
-    def take(self, at: float) -> None:
-        """A request will be sent at this time."""
+    def forget_pace(self) -> None:
+        self._under_way = 0
+
+    def hold(self, now: float) -> float:
+        return 0.0
+
+    def take(self, now: float) -> None:
         self._under_way += 1
-        if math.isnan(self._measured_from):
-            self._measured_from = at
-        if self._gap:
-            gap = self._gap
-            if self._is_rough:  # one request at a time
-                gap = max(gap, LATENCY_GUESS if self._latency == 0 else self._latency)
-            self._slot_at = max(self._slot_at, at) + gap
 
-    def begin(self) -> None:
-        """A request is sent."""
-        self._sent += 1
+    def ended(self) -> None:
+        self._under_way -= 1
 
-    def end(self, was_sent: bool) -> None:
-        """A slot was given up, or its request has ended, whatever came of it."""
-        self._under_way = max(0, self._under_way - 1)
-        if was_sent:
-            self._sent = max(0, self._sent - 1)
+    def granted(self, begun: float, now: float, room: Optional[int]) -> None:
+        pass
 
-    def grant(self, begun: float, now: float, room: Optional[int]) -> bool:
-        """A request was answered; whether the server has said that its quota is nearly used up.
-
-        room: how many more requests it has room for, as far as it says so.
-        """
-        self._refusals = 0
-        self._latency = now - begun
-        if begun >= self.refused_at:
-            self._granted += 1
-        if self._granted >= ENOUGH:
-            self._is_rough = False
-        if self._gap:
-            share = EASING * 2 ** min(self._granted / EASING_DOUBLES, 30)
-            self._gap = max(MIN_GAP, self._gap * (1 - min(0.1, share)))
-            return False
-
-        # It doubles with each round of answers, or grows by one when it must be careful.
-        self._window += 1 / self._window if self._is_careful else 1
-        if room is None:
-            return False
-        is_falling = room < self._room < math.inf  # some servers always say the same
-        self._room = room
-        if self._is_account or not is_falling or room >= self._window:
-            return False
-        self._window = max(1, room)
-        return True
-
-    def refuse(
-        self, now: float, begun: float, hint: Optional[float], backoff: Callable[[int], float]
+    def refused(
+        self, begun: float, now: float, hint: Optional[float], backoff: Callable[[int], float]
     ) -> None:
-        """A request of a crowd, begun at `begun`, met the rate limit."""
-        if begun < self.refused_at:
-            self._correct()
-            return
-
-        # What was sent before and has no reply yet will probably be answered.
-        granted = self._granted + self._sent
-        if self._gap == 0 and granted == 0:
-            return  # nothing was granted, so there is nothing to measure
-
-        self.refused_at = now
-        self._refusals += 1
-        if granted > 0:
-            # Refusals that have nothing to do with the pace must not widen it for ever.
-            widest = max(WIDEST * backoff(1), 2 * (hint or 0.0))
-            self._measure(now + (hint or 0.0), granted, widest)
-        pause = hint or 0.0
-        if hint is None and self._refusals > 1:
-            pause = min(MAX_PROBE_GAP, backoff(self._refusals - 1))
-        self._slot_at = now + max(self._gap, pause)
-
-    def _measure(self, begins_again: float, granted: int, widest: float) -> None:
-        """Learn the gap at the end of a quota, which begins again when the hint ends."""
-        self._span = begins_again - self._measured_from
-        self._is_rough = self._gap == 0
-        self._most = widest if self._is_rough else min(widest, MAX_GROWTH * self._gap)
-        self._spent = granted
-        self._set_gap()
-        self._measured_from = begins_again
-        self._granted = 0
-
-    def _correct(self) -> None:
-        """One of those that had no reply at the last measurement was refused as well."""
-        if self._spent > 1:
-            self._spent -= 1
-            self._set_gap()
-
-    def _set_gap(self) -> None:
-        """The gap that the last measurement gives."""
-        measured = MARGIN * self._span / self._spent
-        self._gap = max(MIN_GAP, min(self._most, measured))
+        pass
 
 
-class Outlook(NamedTuple):
-    """When a candidate can be asked, as far as earlier questions tell."""
-
-    ready_at: float  # the server's word
-    slot_at: float  # our own pacing
-    is_full: bool  # enough requests are under way for the little that is known
-    is_well: bool  # no rate limit was met anywhere
-    is_later: bool  # it failed lately, or somebody is trying it just now
+HOLD = 0.05
 
 
-class Slot:
-    """The right to ask a candidate at a certain time."""
+LaneKey = Tuple[str, str, str]  # the provider, the key and the model; "" stands for all of them
 
-    def __init__(self, candidate: Candidate, taken_at: float) -> None:
-        self.candidate = candidate
-        self.taken_at = taken_at
-        self.is_begun = False  # its request was sent
-        self.is_granted = False  # and is being answered
+
+def lane_keys(candidate: Candidate, reach: Reach = Reach.MODEL) -> List[LaneKey]:
+    """The lanes that a candidate is in, from the one with this reach on."""
+    name = candidate.row.name
+    key = candidate.key
+    keys = [(name, key, candidate.model), (name, key, ""), (name, "", "")]
+    return keys[list(Reach).index(reach) :]
 
 
 class Health:
-    """What is known of providers and models across questions: cooldowns, probes, pacing.
+    """What is known of models, accounts and providers across questions.
 
-    Hold `lock` from looking up a candidate until taking its slot. The garbage collector may close
-    a stream while the current thread holds the lock, so `drop` does not acquire it: the next
-    holder of the lock clears away what `drop` leaves behind.
+    Only its methods take the lock. The garbage collector and signal handlers may run in a thread
+    that has it: so a thread may take it twice, and what ends a question is only noted (`_news`)
+    until somebody has the lock.
     """
 
     def __init__(self, clock: Clock, wall_clock: Clock) -> None:
         self._clock = clock
         self._wall_clock = wall_clock
-        self._marks: Dict[Tuple[str, str], Mark] = {}  # the model "" stands for the provider
-        self._paces: Dict[Tuple[str, str], Pace] = {}
-        self._seen: Dict[str, ProviderHealth] = {}  # facts; the status is derived from the marks
-        self._limit_was_met = False
-        self._open_slots = 0
-        self._dropped: Deque[Tuple[Slot, Optional[float]]] = collections.deque()
-        self.renew_lock()
+        self._lanes: Dict[LaneKey, Lane] = {}
+        self._counts: Dict[str, int] = dict.fromkeys(STATISTICS, 0)
+        self.renew()
 
-    def renew_lock(self) -> None:
+    def renew(self) -> None:
         """Begin with a free lock and nothing under way, as each process must after a fork."""
-        self.lock = threading.Lock()
-        self._paces.clear()
-        self._dropped.clear()
-        self._open_slots = 0
+        self._lock = threading.RLock()
+        self._news: Deque[Callable[[], object]] = collections.deque()
+        self._is_catching_up = False
+        for lane in self._lanes.values():
+            lane.forget_pace()
 
-    def outlook(self, candidate: Candidate, now: float) -> Outlook:
-        """When the candidate can be asked. The caller holds the lock."""
-        self._clear_dropped()
-        marks = self._marks_of(candidate)
-        account, model = self._paces_of(candidate)
-        return Outlook(
-            ready_at=max([mark.ready_at for mark in marks], default=-math.inf),
-            slot_at=max(account.slot_at(now), model.slot_at(now)),
-            is_full=model.is_full(),
-            is_well=not self._limit_was_met,
-            is_later=any(now < max(mark.later_until, mark.probed_until) for mark in marks),
-        )
+    def choose(
+        self, line: Sequence[Turn], pick: Callable[[float], Optional[Turn]]
+    ) -> Optional[Turn]:
+        """Whom `pick` chooses after a look at all turns; it has a slot if it need not wait."""
+        with self._locked() as now:  # two threads that look at once would take the same slot
+            for turn in line:
+                self._look(turn, now)
+            chosen = pick(now)
+            if chosen is not None and chosen.wait <= 0:
+                self._take(chosen, now)
+            return chosen
 
-    def take(self, candidate: Candidate, now: float, at: float) -> Slot:
-        """The candidate will be asked at this time. The caller holds the lock."""
-        for mark in self._marks_of(candidate):
-            mark.probed_until = at + candidate.row.idle_timeout + CONNECT_TIMEOUT
-        for pace in self._paces_of(candidate):
-            pace.take(at)
-        self._open_slots += 1
-        return Slot(candidate, now)
+    def _look(self, turn: Turn, now: float) -> None:
+        """When may this one be asked?
 
-    def begin(self, slot: Slot) -> bool:
-        """Whether the request can be sent; if others were refused meanwhile, the slot is void."""
-        with self.lock:
-            now = self._clock() + 1e-6
-            paces = self._paces_of(slot.candidate)
-            is_void = any(pace.refused_at > slot.taken_at for pace in paces)
-            if is_void or any(mark.ready_at > now for mark in self._marks_of(slot.candidate)):
-                self._end(slot)
-                return False
-            slot.is_begun = True
-            for pace in paces:
-                pace.begin()
-            return True
-
-    def drop(self, slot: Slot, answered_since: Optional[float] = None) -> None:
-        """A slot is given up, or its request is ended by the caller.
-
-        answered_since: when the request began, if it had given some text by then.
+        Not before the question's own backoff and the servers' word; nor, for a while, before our
+        own pacing. Whoever failed lately, or is being tried by somebody, is asked last.
         """
-        self._dropped.append((slot, answered_since))
+        lanes = [self._lane(key) for key in lane_keys(turn.candidate)]
+        ready_at = max(turn.ready_at, *[lane.ready_at for lane in lanes])
+        turn.wait = max(0.0, round(ready_at - now, 6))  # less is a clock's rounding
+        turn.hold = max(lane.hold(now) for lane in lanes)
+        is_later = any(now < max(lane.later_until, lane.leased_until) for lane in lanes)
+        turn.is_later = is_later and turn.attempts == 0
 
-    def granted(self, slot: Slot, begun: float, room: Optional[int]) -> None:
-        """The first text of an answer came to a request that began at `begun`."""
-        with self.lock:
-            slot.is_granted = True
-            for pace in self._paces_of(slot.candidate):
-                pace.end(was_sent=True)
-                if pace.grant(begun, self._clock(), room):
-                    self._meet_limit()
+    def _take(self, turn: Turn, now: float) -> None:
+        """The candidate is asked now."""
+        turn.has_slot = True
+        turn.begun = now
+        for key in lane_keys(turn.candidate):
+            lane = self._lane(key)
+            lane.take(now)
+            if lane.failures:
+                lane.leased_until = now + turn.candidate.row.idle_timeout + CONNECT_TIMEOUT
 
-    def answered(self, slot: Slot, begun: float) -> None:
-        """A request that began at `begun` was answered."""
-        with self.lock:
-            self._clear_dropped()
-            self._end(slot)
-            self._forgive(slot.candidate, begun)
+    def give_back(self, line: Iterable[Turn]) -> None:
+        """No turn of this line is being asked any more, whatever came of it."""
+        for turn in line:
+            if turn.has_slot:
+                turn.has_slot = False
+                self._news.append(functools.partial(self._end, turn.candidate))
 
-    def failed(
-        self, slot: Slot, begun: float, failure: Failure, backoff: Callable[[int], float]
-    ) -> None:
-        """A request that began at `begun` failed."""
-        with self.lock:
-            self._clear_dropped()
-            self._end(slot)
-            rule = failure.rule
-            if failure.is_blameless or failure.is_stale or not rule.counts:
+    def granted(self, turn: Turn, room: Optional[int]) -> None:
+        """A request was not refused: its answer begins, or it failed for another reason.
+
+        room: how many more requests there is room for, as the server says.
+        """
+        with self._locked() as now:
+            for key in lane_keys(turn.candidate):
+                self._lane(key).granted(turn.begun, now, room)
+
+    def closed(self, turn: Turn) -> None:
+        """Note that the caller has read enough of an answer."""
+        self._news.append(functools.partial(self._forgive, turn.candidate, turn.begun))
+
+    def answered(self, turn: Turn) -> None:
+        """A request was answered."""
+        with self._locked():
+            self._forgive(turn.candidate, turn.begun)
+
+    def failed(self, turn: Turn, failure: Failure, backoff: Callable[[int], float]) -> None:
+        """A request failed."""
+        with self._locked() as now:
+            candidate = turn.candidate
+            lane = self._lane(lane_keys(candidate, failure.reach)[0])
+            if failure.cause is Cause.TIME_SHARE:
+                lane.silences += 1
+            is_silent = lane.silences >= SHORT_SILENCES
+            if failure.cause in (Cause.STALE, Cause.TIME_LIMIT) or not failure.rule.counts:
                 return
+            if failure.cause is Cause.TIME_SHARE and not is_silent:
+                return  # the time was short, which says little of the model
+            if failure.verdict is Verdict.RATE_LIMITED:
+                lane.refused(turn.begun, now, failure.hint, backoff)
 
-            now = self._clock()
-            candidate = slot.candidate
-            scope = candidate.model
-            if failure.reaches_provider:
-                scope = ""
-            is_short = (failure.hint or 0.0) <= MAX_PACED_HINT
-            is_crowd = self._open_slots > 0  # a question that is alone keeps its plain backoff
-            if failure.verdict is Verdict.RATE_LIMITED and is_short and is_crowd:
-                self._meet_limit()
-                pace = self._pace(candidate.row.name, scope)
-                pace.refuse(now, begun, failure.hint, backoff)
-
-            seen = self._seen.setdefault(candidate.row.name, ProviderHealth())
-            seen.last_failure = self._wall_clock()
-            mark = self._marks.setdefault((candidate.row.name, scope), Mark())
-            if begun >= mark.failed_at:  # those that were under way together count once
-                mark.failures += 1
-                seen.consecutive_failures += 1
-            guess = rule.asked_last_for or min(MAX_GUESS, backoff(mark.failures))
-            mark.verdict = failure.verdict
-            mark.failed_at = now
-            mark.later_until = now + guess
-            mark.ready_at = max(mark.ready_at, now + (failure.hint or 0.0))
+            account = self._lane(lane_keys(candidate, Reach.ACCOUNT)[0])
+            account.last_failure = self._wall_clock()
+            if turn.begun >= lane.failed_at:  # those that were under way together count once
+                lane.failures += 1
+                account.failures_in_a_row += 1
+            guess = failure.rule.asked_last_for or min(MAX_GUESS, backoff(lane.failures))
+            lane.verdict = failure.verdict
+            lane.failed_at = now
+            lane.later_until = now + guess
+            lane.ready_at = max(lane.ready_at, now + (failure.hint or 0.0))
 
     def wait_for_server(self, candidate: Candidate) -> float:
         """Seconds until the server wants to be asked again, 0 if it did not say."""
-        with self.lock:
-            ends = [mark.ready_at for mark in self._marks_of(candidate)]
-        return max(0.0, max(ends, default=-math.inf) - self._clock())
+        with self._locked() as now:
+            ends = [self._lane(key).ready_at for key in lane_keys(candidate)]
+        return max(0.0, max(ends) - now)
 
-    def of_provider(self, name: str, has_key: bool) -> ProviderHealth:
-        """What is known of a provider now, by its latest failure since its last success."""
-        with self.lock:
-            self._clear_dropped()
-            health = dataclasses.replace(self._seen.get(name, ProviderHealth()))
-            marks = [mark for (owner, _), mark in self._marks.items() if owner == name]
-        latest = max(marks, key=lambda mark: mark.failed_at, default=Mark())
-        left = max(latest.ready_at, latest.later_until) - self._clock()
-
+    def of_account(self, name: str, key: str, has_key: bool) -> ProviderHealth:
+        """What is known of a provider's account, by its latest failure since its last success."""
+        with self._locked() as now:
+            known = self._lanes.get((name, key, ""), Lane())
+            lanes = [
+                lane
+                for (owner, account, _), lane in list(self._lanes.items())
+                if owner == name and account in ("", key) and lane.failures
+            ]
+        latest = max(lanes, key=lambda lane: lane.failed_at, default=Lane())
+        left = max(latest.ready_at, latest.later_until) - now
+        health = ProviderHealth(
+            last_success=known.last_success,
+            last_failure=known.last_failure,
+            consecutive_failures=known.failures_in_a_row,
+        )
         if not has_key or latest.verdict is Verdict.DENIED:
             health.status = ProviderStatus.UNAVAILABLE
-        elif health.consecutive_failures == 0:
+        elif known.failures_in_a_row == 0:
             health.status = ProviderStatus.HEALTHY
         elif latest.verdict is Verdict.RATE_LIMITED:
             health.rate_limit_reset_time = self._wall_clock() + left
-            is_over = left <= 0
-            health.status = ProviderStatus.HEALTHY if is_over else ProviderStatus.RATE_LIMITED
+            if left > 0:
+                health.status = ProviderStatus.RATE_LIMITED
         else:
             health.status = ProviderStatus.FAILED
         return health
 
-    def _marks_of(self, candidate: Candidate) -> List[Mark]:
-        """The marks of the candidate's provider and of the candidate itself."""
-        return [self._marks[key] for key in keys_of(candidate) if key in self._marks]
+    def search(self, name: str) -> Optional[float]:
+        """Whether to fetch a provider's models list: 0 for now, or the seconds to look again.
 
-    def _paces_of(self, candidate: Candidate) -> Tuple[Pace, Pace]:
-        """The pace of the candidate's account, and its own."""
-        name = candidate.row.name
-        return self._pace(name, ""), self._pace(name, candidate.model)
+        While one question fetches it the others wait; None: it was fetched a short time ago.
+        """
+        with self._locked() as now:
+            lane = self._lane((name, "", ""))
+            if now < lane.searching_until:
+                return HOLD
+            if now < lane.search_again_at:
+                return None
+            lane.searching_until = now + CHECK_TIMEOUT + CONNECT_TIMEOUT
+            return 0.0
 
-    def _pace(self, name: str, model: str) -> Pace:
-        """The pace of a model, "" for the account."""
-        if (name, model) not in self._paces:
-            pace = Pace(is_account=model == "")
-            if self._limit_was_met:
-                pace.be_careful()
-            self._paces[name, model] = pace
-        return self._paces[name, model]
+    def searched(self, name: str, is_known: bool) -> None:
+        """A provider's models list is known, or it could not be had."""
+        with self._locked() as now:
+            lane = self._lane((name, "", ""))
+            lane.searching_until = now
+            lane.search_again_at = now + (LIST_PAUSE if is_known else MAX_GUESS)
 
-    def _meet_limit(self) -> None:
-        """From now on, start cautiously with every candidate whose limits are unknown."""
-        if not self._limit_was_met:
-            self._limit_was_met = True
-            for pace in self._paces.values():
-                pace.be_careful()
+    def count(self, trail: Sequence[Attempt], is_answered: bool) -> None:
+        """Note a question that has ended, for the statistics."""
+        self._news.append(functools.partial(self._add, tuple(trail), is_answered))
 
-    def _end(self, slot: Slot) -> None:
-        """Its request is not under way any more, and nobody is trying the candidate."""
-        self._open_slots = max(0, self._open_slots - 1)
+    def counts(self) -> Dict[str, int]:
+        """The statistics, by name."""
+        with self._locked():
+            return dict(self._counts)
+
+    def reset_counts(self) -> None:
+        """Set all statistics to zero."""
+        with self._locked():
+            self._counts = dict.fromkeys(STATISTICS, 0)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[float]:
+        """Hold the lock, and catch up with the news; gives the time."""
+        with self._lock:
+            if not self._is_catching_up:  # a signal handler may have come in between
+                self._is_catching_up = True
+                try:
+                    while self._news:
+                        self._news.popleft()()
+                finally:
+                    self._is_catching_up = False
+            yield self._clock()
+
+    def _lane(self, key: LaneKey) -> Lane:
+        """The lane with this key."""
+        lane = self._lanes.get(key)
+        if lane is None:
+            if len(self._lanes) >= MOST_LANES:
+                self._forget_silent_lanes()
+            lane = self._lanes.setdefault(key, Lane(is_model=key[2] != ""))
+        return lane
+
+    def _forget_silent_lanes(self) -> None:
+        """Forget lanes that nobody is in, and that nobody has to wait for."""
         now = self._clock()
-        for mark in self._marks_of(slot.candidate):
-            mark.probed_until = min(mark.probed_until, now)
-        for pace in self._paces_of(slot.candidate):
-            if not slot.is_granted:
-                pace.end(slot.is_begun)
+        for key, lane in list(self._lanes.items()):
+            if lane.is_silent(now):
+                del self._lanes[key]
+
+    def _end(self, candidate: Candidate) -> None:
+        """A request is not under way any more, and nobody is trying the candidate."""
+        now = self._clock()
+        for key in lane_keys(candidate):
+            lane = self._lane(key)
+            lane.ended()
+            lane.leased_until = min(lane.leased_until, now)
 
     def _forgive(self, candidate: Candidate, begun: float) -> None:
         """Forget the failures before a success that began at `begun`, not those since then."""
-        for key in keys_of(candidate):
-            mark = self._marks.get(key)
-            if mark is not None and mark.failed_at <= begun:
-                del self._marks[key]
+        for key in lane_keys(candidate):
+            lane = self._lane(key)
+            lane.silences = 0
+            if lane.failed_at <= begun:
+                lane.forgive()
+        account = self._lane(lane_keys(candidate, Reach.ACCOUNT)[0])
+        account.last_success = self._wall_clock()
+        name, key, _ = lane_keys(candidate)[0]
+        for (owner, other, _), lane in list(self._lanes.items()):
+            if owner == name and other in ("", key) and lane.failed_at > begun:
+                return
+        account.failures_in_a_row = 0
 
-        name = candidate.row.name
-        seen = self._seen.setdefault(name, ProviderHealth())
-        seen.last_success = self._wall_clock()
-        newer = [key for key, mark in self._marks.items() if mark.failed_at > begun]
-        if not any(owner == name for owner, _ in newer):
-            seen.consecutive_failures = 0
-
-    def _clear_dropped(self) -> None:
-        """End the slots that were dropped; the caller holds the lock."""
-        while self._dropped:
-            slot, answered_since = self._dropped.popleft()
-            self._end(slot)
-            if answered_since is not None:
-                self._forgive(slot.candidate, answered_since)
+    def _add(self, trail: Sequence[Attempt], is_answered: bool) -> None:
+        """Add a question to the statistics."""
+        self._counts["total_requests"] += 1
+        self._counts["successful_requests" if is_answered else "failed_requests"] += 1
+        for attempt in trail:
+            if attempt.status == 429:
+                self._counts["rate_limited_requests"] += 1
+        for before, after in zip(trail, trail[1:]):
+            if before.provider != after.provider:
+                self._counts["provider_switches"] += 1
 
 
-def keys_of(candidate: Candidate) -> Tuple[Tuple[str, str], Tuple[str, str]]:
-    """The keys of what is known of a candidate's provider, and of itself."""
-    return (candidate.row.name, ""), (candidate.row.name, candidate.model)
+STATISTICS = (
+    "total_requests",
+    "successful_requests",
+    "failed_requests",
+    "rate_limited_requests",
+    "provider_switches",
+)
 
 
 def room_in(headers: Mapping[str, str], tokens: int) -> Optional[int]:
@@ -2635,55 +3119,252 @@ def room_in(headers: Mapping[str, str], tokens: int) -> Optional[int]:
     return min(rooms, default=None)
 
 
-# --- 7. Queue: who is next, and how long to wait ------------------------------------------------
+# --- 7. Roster and Queue: who can be asked, who is next, and how long to wait -------------------
+
+
+class Roster:
+    """The providers that can be asked: their rows, keys and models, in their order."""
+
+    def __init__(
+        self,
+        providers: Optional[Iterable[Provider]],
+        api_keys: Mapping[str, Optional[str]],
+    ) -> None:
+        settings = Settings()
+        self._problems = settings.problems
+        self._sources: Dict[str, Tuple[str, str]] = {}  # the keys that were found, and where
+        self._flaws: Dict[str, str] = {}  # of addresses in the environment
+        self.given_keys = dict(api_keys)  # to the constructor
+        self.all_rows: Dict[str, Provider] = {}
+        self.models: Dict[str, List[str]] = {}
+        self.api_keys: Dict[str, Optional[str]] = {}
+
+        rows = list(PROVIDERS if providers is None else providers)
+        own_rows = rows_from_environment(settings) if providers is None else []
+        for row in [*rows, *own_rows]:
+            if not isinstance(row, Provider):
+                raise ValueError(f"providers must be rows (Provider), not {quoted(row)}")
+            try:
+                row = dataclasses.replace(row, base_url=address_of(row))
+            except ValueError as error:
+                if row not in own_rows:
+                    raise
+                self._flaws[row.name] = str(error)  # it matters only if this row is asked
+            self.all_rows[row.name] = row
+            self.models[row.name] = settings.models(row)
+            key, source = settings.find(row.key_env) if row.key_env else ("", "")
+            self._sources[row.name] = (key, source)
+            self.api_keys[row.name] = None if only_placeholders(key) else key or None
+            problem = self._problem(row, key) if self.api_keys[row.name] else ""
+            if problem and "," not in key:
+                logger.warning("⚠️  %s", problem)
+        self.fallback_order = list(self.all_rows)
+        if providers is None and stripped(os.environ.get(ORDER_VARIABLE)):
+            names = split_list(os.environ[ORDER_VARIABLE])
+            self.fallback_order = [row.name for row in self.rows(names, ORDER_VARIABLE)]
+
+        self.check_keys(self.given_keys)
+        for name, given in api_keys.items():
+            row = self.rows([name], "api_keys")[0]
+            self.api_keys[row.name] = given
+            if any(self.keys_of(row)) and is_clear_text(row.base_url):
+                name = row.variable("BASE_URL")
+                raise ValueError(f"{name} must be https://... for a provider with a key")
+
+    def rows(self, names: Names = None, what: str = "provider") -> List[Provider]:
+        """The rows of these providers, None for all, in their order. Raises ValueError."""
+        wanted: Any = names
+        if names is None:
+            wanted = self.fallback_order
+            what = "fallback_order"
+        if isinstance(wanted, str):
+            wanted = wanted.split(",")
+        if not isinstance(wanted, Iterable):
+            wanted = [wanted]
+        found = [name.strip().lower() if isinstance(name, str) else name for name in wanted]
+        unknown = [name for name in found if name not in self.all_rows]
+        if unknown or not found:
+            known = ", ".join(self.all_rows)
+            wrong = quoted(unknown[0]) if unknown else "an empty list"
+            raise ValueError(f"{what} must be one or more of {known}, not {wrong}")
+        return [self.all_rows[name] for name in dict.fromkeys(found)]
+
+    def keys_of(self, row: Provider) -> List[str]:
+        """The keys of a provider, [""] if it has none. Raises ValueError."""
+        self.check_keys(self.api_keys)
+        text = self.api_keys.get(row.name) or ""
+        keys = [stripped(part) for part in text.split(",")]
+        return list(dict.fromkeys(key for key in keys if key)) or [""]
+
+    def check_keys(self, keys: object) -> None:
+        """Raise ValueError unless these can be the keys of the providers."""
+        if not isinstance(keys, dict):
+            raise ValueError(f"api_keys must be a dict, not {type(keys).__name__}")
+        self.rows(list(keys) or None, "api_keys")
+        for name, text in keys.items():
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"api_keys[{name!r}] must be text, not {type(text).__name__}")
+
+    def check_models(self, models: object) -> None:
+        """Raise ValueError unless these can be the models of the providers."""
+        if not isinstance(models, dict):
+            raise ValueError(f"models must be a dict, not {quoted(models)}")
+        self.rows(list(models) or None, "models")
+        for name, ids in models.items():
+            check_models(f"models[{name!r}]", ids)
+
+    def all_keys(self) -> List[str]:
+        """The keys of all providers."""
+        keys: List[str] = []
+        for row in self.all_rows.values():
+            keys.extend(self.keys_of(row))
+        return keys
+
+    def accounts(self, names: Names = None) -> List[Account]:
+        """The keys of these providers, in the order in which they are asked. Raises ValueError."""
+        accounts = []
+        for row in self.rows(names):
+            keys = self.keys_of(row)
+            found, source = self._sources[row.name]
+            if self.api_keys.get(row.name) != found:
+                source = "api_keys"
+            for number, key in enumerate(keys, 1):
+                label = label_of(row.name, number, len(keys) > 1)
+                problem = self._problem(row, key)
+                accounts.append(Account(row.name, number, label, problem, source if key else ""))
+        return accounts
+
+    def key(self, account: Account) -> str:
+        """The key of an account, "" if it has none any more."""
+        keys = self.keys_of(self.all_rows[account.provider])
+        if account.number <= len(keys):
+            return keys[account.number - 1]
+        return ""
+
+    def _problem(self, row: Provider, key: str) -> str:
+        """Why a provider cannot be asked with this key, "" if it can."""
+        if row.name in self._flaws:
+            return self._flaws[row.name]
+        if not key and row.key_env is None:
+            return ""
+        name = row.key_env or f"the key of {row.name}"
+        if key and is_clear_text(row.base_url):
+            return f"{name} would go to {row.base_url} in clear text"
+        flaw = flaw_of(key)
+        if not key and self._sources[row.name][0]:
+            flaw = "holds a placeholder"
+        if not flaw:
+            return ""
+        if row.key_url:
+            return f"{name} {flaw} → get a key: {row.key_url}"
+        return f"{name} {flaw}"
+
+    def usable_rows(self, names: Names = None) -> List[Provider]:
+        """The rows that have a key, or need none. Raises NoProviderError if there is none."""
+        rows = []
+        for row in self.rows(names):
+            if not all(self._problem(row, key) for key in self.keys_of(row)):
+                rows.append(row)
+        if rows:
+            return rows
+        raise NoProviderError(self._without_keys(self.rows(names)))
+
+    def _without_keys(self, rows: Sequence[Provider]) -> str:
+        """The message that none of these rows can be asked, with what to do."""
+        problems = [f"   {account.label}: {account.problem}" for account in self.accounts(None)]
+        others = [a.label for a in self.accounts(list(self.all_rows)) if not a.problem]
+        if others:
+            names = ", ".join(row.name for row in rows)
+            lines = [f"No usable key for {names}"]
+            for account in self.accounts([row.name for row in rows]):
+                lines.append(f"   {account.label}: {account.problem}")
+            lines.append(f"   {', '.join(others)} could answer → leave provider out, or choose it")
+            return "\n".join(lines)
+
+        lines = ["No API keys found! Please set environment variables:"]
+        lines.append("   " + ", ".join(row.key_env or row.name for row in rows))
+        lines.extend(problems)
+        unfinished = [row for row in rows if self._sources[row.name][0]]
+        for row in unfinished or rows:
+            if row.key_env and (row.key_note or len(rows) == 1 or unfinished):
+                note = f" ({row.key_note})" if row.key_note else ""
+                lines.append(f"   One is enough{note}: export {row.key_env}=...   (or in .env)")
+                break
+        lines.extend(f"   {problem}" for problem in self._problems)
+        return "\n".join(lines)
+
+    def candidates(self, names: Names = None, model: Optional[str] = None) -> List[Candidate]:
+        """Whom to ask, in this order. A model may be "provider:model". Raises as `rows` does."""
+        rows = self.usable_rows(names)
+        if model is not None:
+            names, model = self._model_of(names, model)
+            rows = self.usable_rows(names)
+            listing = [row for row in rows if model in self.models_of(row)]
+            rows = listing or rows
+        candidates: List[Candidate] = []
+        for row in rows:
+            models = self.models_of(row) if model is None else [model]
+            candidates.extend(self.candidates_of(row, models))
+        if not candidates:
+            names_of_rows = ", ".join(row.name for row in rows)
+            raise ValueError(f"models must name one: {names_of_rows} has none")
+        return candidates
+
+    def candidates_of(self, row: Provider, models: Sequence[str]) -> List[Candidate]:
+        """These models of a provider, each with all keys before the next one."""
+        keys = self.keys_of(row)
+        candidates = []
+        for place, model in enumerate(models, 1):
+            for number, key in enumerate(keys, 1):
+                if not self._problem(row, key):
+                    position = f"{place}/{len(models)}"
+                    candidates.append(Candidate(row, model, position, key, number, len(keys) > 1))
+        return candidates
+
+    def models_of(self, row: Provider) -> List[str]:
+        """The models of a provider. Raises ValueError if they are no list of ids."""
+        self.check_models(self.models)
+        return self.models.get(row.name, [])
+
+    def _model_of(self, names: Names, model: str) -> Tuple[Names, str]:
+        """The providers to ask for a model, which may be "provider:model", and its id."""
+        if not isinstance(model, str) or is_blank(model) or KEY_PREFIX.search(model):
+            raise ValueError(f"model must be the id of a model, not {quoted(model, 60)}")
+        prefix, colon, rest = model.partition(":")
+        prefix = prefix.strip().lower()
+        if colon and prefix in self.all_rows:
+            if names is not None and self.all_rows[prefix] not in self.rows(names):
+                raise ValueError(f"model {quoted(model, 60)} is not of the chosen provider")
+            names = prefix
+            model = rest.strip()
+        elif colon and names is None and not any(model in ids for ids in self.models.values()):
+            near = nearest(prefix, list(self.all_rows))
+            if near:
+                raise ValueError(f"model {quoted(model, 60)}: did you mean {near}:{rest}?")
+        if not model or "," in model:
+            allowed = "the id of one model, such as groq:openai/gpt-oss-20b"
+            raise ValueError(f"model must be {allowed}, not {quoted(prefix + ':' + model, 60)}")
+        return names, model
+
+    def nearest_model(self, candidate: Candidate) -> str:
+        """What may have been meant by a model that is gone, "" if nothing is like it."""
+        name, model = candidate.row.name, candidate.model
+        provider, slash, rest = model.partition("/")
+        if slash and rest in self.models.get(provider, ()):
+            return f"{provider}:{rest}"
+        listed = self.models[name]
+        return "" if model in listed else nearest(model, listed)
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The known word that a misspelt one is like, "" if none is."""
+    import difflib
+
+    near = difflib.get_close_matches(word, known, 1, 0.7)
+    return near[0] if near else ""
 
 
 MIN_SHARE = 0.1  # seconds; an attempt that gets less is not worth a request
-
-
-@dataclasses.dataclass(eq=False)
-class Turn:
-    """A candidate in the line of one question."""
-
-    candidate: Candidate
-    attempts: int = 0  # used, also by failures that reached the whole provider
-    requests: int = 0  # sent
-    ready_at: float = -math.inf  # it is not asked before
-    patience: float = 0.0  # how long the question waits for it although others are ready
-    turns: int = 0  # it has had, and lost its place with; who has had fewer comes before
-    place: int = 0  # among those who have had as many
-    was_stale: bool = False  # it had a second attempt because a kept connection was closed
-
-
-class Option(NamedTuple):
-    """A turn as it stands at one moment."""
-
-    turn: Turn
-    wait: float  # seconds until it can be asked
-    patience: float
-    is_held: bool = False  # after the wait there is only another look
-
-
-class Step(NamedTuple):
-    """What a question does next: it waits, and then asks, or looks again if there is no slot."""
-
-    turn: Turn
-    wait: float
-    slot: Optional[Slot]
-
-
-def first_choice(options: Sequence[Option], limit: float) -> Optional[Option]:
-    """Who is asked next: the first whose wait is within its patience, or else the soonest.
-
-    None if no wait is within the limit.
-    """
-    for option in options:
-        if option.wait <= min(option.patience, limit):
-            return option
-    soonest = min(options, key=lambda option: option.wait, default=None)
-    if soonest is None or soonest.wait > limit:
-        return None
-    return soonest
 
 
 class Queue:
@@ -2710,54 +3391,57 @@ class Queue:
         self._chance = chance
         self._anybody_reached = False
 
-    def next(self) -> Optional[Step]:
-        """Who is asked next, with a slot; None when nobody is left, or not in time."""
-        with self._health.lock:  # two threads that look at once would take the same slot
-            now = self._clock()
-            time_left = self.deadline - now
-            if time_left <= 0:
-                return None
-            options = self._options(now)
-            choice = first_choice(options, min(self._config.max_delay, time_left))
-            if choice is None or choice.wait > time_left - 0.001:
-                return None
-            slot = None
-            if not choice.is_held:
-                slot = self._health.take(choice.turn.candidate, now, now + choice.wait)
-            return Step(choice.turn, choice.wait, slot)
+    @contextlib.contextmanager
+    def next(self) -> Iterator[Optional[Turn]]:
+        """Whose turn it is, to be waited for or, if its wait is 0, asked; None: nobody is left.
 
-    def deadline_for(self, turn: Turn) -> float:
-        """The end of an attempt: half of the time that is left, while another one is ready."""
+        Whoever is asked has a slot, which is given back at the end of the `with`, whatever happens.
+        """
+        line = list(self._line)
+        try:
+            yield self._health.choose(line, self._pick)
+        finally:
+            self._health.give_back(line)
+
+    def deadline_for(self, asked: Turn) -> float:
+        """The end of an attempt: half of the time that is left, if others will be ready in it."""
         now = self._clock()
-        if math.isinf(self.deadline):
+        time_left = self.deadline - now
+        share = time_left / 2
+        if math.isinf(share) or share < MIN_SHARE:
             return self.deadline
-        with self._health.lock:
-            others = [option for option in self._options(now) if option.turn is not turn]
-        share = (self.deadline - now) / 2
-        if share >= MIN_SHARE and any(option.wait == 0 for option in others):
-            return now + share
+        for turn in self._available():
+            if turn is not asked and turn.wait < time_left - MIN_SHARE:
+                return now + share
         return self.deadline
 
     def failed(self, asked: Turn, failure: Failure) -> None:
         """Drop the turns that a failure affects, move them to the end, or leave them in place."""
         now = self._clock()
-        if not failure.is_unreachable:
+        if failure.cause is not Cause.UNREACHABLE:
             self._anybody_reached = True
-        if failure.is_stale and not asked.was_stale:
-            asked.was_stale = True
+        if failure.cause in (Cause.STALE, Cause.OPTIONS) and not asked.had_second:
+            asked.had_second = True
             asked.attempts += 1
             return
 
         end = 1 + max(turn.place for turn in self._line)
         jitter = 0.8 + 0.2 * self._chance() if self._config.jitter else 1.0
-        siblings = [turn for turn in self._line if turn.candidate.row is asked.candidate.row]
-        for turn in siblings:
-            if failure.delays_siblings:
+        reached = lane_keys(asked.candidate, failure.reach)[0]
+        for turn in list(self._line):
+            is_sibling = turn.candidate.row is asked.candidate.row
+            if failure.cause is Cause.SILENCE and is_sibling:
                 turn.place = end
-            if turn is asked or failure.reaches_provider:
+            if reached in lane_keys(turn.candidate):
                 self._punish(turn, failure, jitter, now, end)
         if asked.place == end:
             asked.place = end + 1  # behind its siblings
+
+    def add(self, candidates: Iterable[Candidate]) -> bool:
+        """Put new candidates into the line; whether there are any."""
+        turns = [Turn(candidate) for candidate in candidates]
+        self._line[:0] = turns
+        return bool(turns)
 
     def _punish(self, turn: Turn, failure: Failure, jitter: float, now: float, end: int) -> None:
         """Put a turn out of the line, or at its end, or let it wait where it is."""
@@ -2777,341 +3461,170 @@ class Queue:
             turn.turns = turn.attempts
             turn.place = end
 
-    def add(self, candidates: Iterable[Candidate]) -> None:
-        """Put new candidates at the front of the line."""
-        self._line[:0] = [Turn(candidate) for candidate in candidates]
-
-    def _options(self, now: float) -> List[Option]:
-        """Those who have attempts left, in the order of the line; the caller holds the lock."""
+    def _available(self) -> List[Turn]:
+        """Those who have attempts left, in the order of the line."""
         most = self._config.max_attempts
         if not self._anybody_reached:
             most = min(most, 2)  # our own network is down: one more round, then stop
+        turns = [turn for turn in self._line if turn.attempts < most]
+        turns.sort(key=lambda turn: (turn.turns, turn.place, turn.is_later))
+        return turns
 
-        ranked = []
-        for turn in self._line:
-            if turn.attempts >= most:
-                continue
-            outlook = self._health.outlook(turn.candidate, now)
-            is_later = outlook.is_later and turn.attempts == 0
-            rank = (turn.turns, turn.place, is_later)
-            ranked.append((rank, self._option(turn, outlook, now)))
-        ranked.sort(key=lambda pair: pair[0])
-        return [option for _, option in ranked]
-
-    def _option(self, turn: Turn, outlook: Outlook, now: float) -> Option:
-        """The turn as it stands now, with our own pacing."""
-        # Less than a microsecond is a clock's rounding.
-        wait = max(0.0, round(max(turn.ready_at, outlook.ready_at) - now, 6))
-        patience = min(turn.patience, (self.deadline - now) / 2)
-
-        slot_wait = round(outlook.slot_at - now, 6)
-        if outlook.is_full and wait == 0:
-            # While no limit is known anywhere, the next answer is worth a short wait.
-            if outlook.is_well:
-                patience = slot_wait
-            return Option(turn, slot_wait, patience, is_held=True)
-        # Our own pacing is no reason to give up: look again, and ask before it is too late.
+    def _pick(self, now: float) -> Optional[Turn]:
+        """The first who is worth the wait, or else who is ready soonest; None: not in time."""
         time_left = self.deadline - now
-        longest = min(self._config.max_delay, time_left / 2)
-        if slot_wait <= longest or slot_wait <= wait:
-            return Option(turn, max(wait, slot_wait), patience)
-        if wait <= longest and time_left > MIN_SHARE:
-            return Option(turn, longest, patience, is_held=True)
-        return Option(turn, wait, patience)
+        longest = min(self._config.max_delay, time_left - 0.001)
+        turns = self._available()
+        if time_left <= 0 or not turns:
+            return None
+
+        chosen = min(turns, key=lambda turn: max(turn.wait, turn.hold))
+        for turn in turns:
+            patience = min(turn.patience, time_left / 2)
+            if max(turn.wait, turn.hold) <= max(patience, 0.0):
+                chosen = turn
+                break
+        chosen = soonest_twin(chosen, turns)
+        if chosen.wait > longest:
+            return None
+        # Our own pacing is no reason to give up.
+        if chosen.hold <= min(self._config.max_delay, time_left / 2):
+            chosen.wait = max(chosen.wait, chosen.hold)
+        return chosen
+
+
+def soonest_twin(chosen: Turn, turns: Sequence[Turn]) -> Turn:
+    """The same model with the key that is ready first."""
+    row, model = chosen.candidate.row, chosen.candidate.model
+    twins = [t for t in turns if t.candidate.row is row and t.candidate.model == model]
+    return min(twins, key=lambda turn: max(turn.wait, turn.hold))
 
 
 # --- 8. FallbackLLM: the public methods and the walk --------------------------------------------
 
 ANSWER_CUT = "✂️  answer cut at max_tokens"
-Names = Union[str, Iterable[str], None]  # of providers: "groq,openrouter", a list, or all
-Accept = Callable[[str], object]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-ARGUMENTS: Json = {  # of a question, with their defaults
-    "question": None,
-    "max_tokens": 500,
-    "provider": None,
-    "model": None,
-    "system": None,
-    "messages": None,
-    "timeout": None,
-    "accept": None,
-}
-API_PARAMETERS = ("models", "seed", "stop", "top_p", "user", "metadata", "modalities", "store")
-UNSUPPORTED = ("tools", "stream", "n")
+Outcome = Union[Answer, FallbackLLMError, ValueError]  # of one question among many
 # A models list also holds models that do not chat.
 NOT_CHAT = re.compile("whisper|tts|speech|audio|embed|rerank|image|ocr")
 MOST_REPLACEMENTS = 5  # models of a provider's list that take the place of those that are gone
 
 
-@dataclasses.dataclass(eq=False)
-class Question:
-    """A question, checked, with all that is sent for it."""
+class Trail:
+    """What has happened to one question so far: noted, and told in the documented log lines.
 
-    fields: Json  # the body of the request, without the model
-    candidates: List[Candidate]
-    timeout: float  # infinite: none
-    accept: Optional[Accept] = None
-    has_chosen_model: bool = False
-    cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
-
-
-class Statistics:
-    """Counts of questions.
-
-    Adding never waits for a lock: the garbage collector may close a stream, and with it end a
-    question, while this very thread holds the lock.
+    Each line is logged only once, and each error once per model, unless it is a retry.
     """
 
-    NAMES = (
-        "total_requests",
-        "successful_requests",
-        "failed_requests",
-        "rate_limited_requests",
-        "provider_switches",
-    )
-
-    def __init__(self) -> None:
-        self._totals = [0] * len(self.NAMES)
-        self._new: Deque[Tuple[int, ...]] = collections.deque()
-        self.renew_lock()
-
-    def renew_lock(self) -> None:
-        """Begin with a free lock, as each process must after a fork."""
-        self._lock = threading.Lock()
-
-    def add(self, trail: Sequence[Attempt], is_answered: bool) -> None:
-        """Count a question that has ended."""
-        answered = 1 if is_answered else 0
-        limited = sum(1 for attempt in trail if attempt.status == 429)
-        switches = 0
-        for before, after in zip(trail, trail[1:]):
-            if before.provider != after.provider:
-                switches += 1
-        self._new.append((1, answered, 1 - answered, limited, switches))
-
-        if self._lock.acquire(blocking=False):
-            try:
-                self._fold()
-            finally:
-                self._lock.release()
-
-    def totals(self) -> Dict[str, int]:
-        """The counts, by name."""
-        with self._lock:
-            self._fold()
-            return dict(zip(self.NAMES, self._totals))
-
-    def reset(self) -> None:
-        """Set all counts to zero."""
-        with self._lock:
-            self._fold()
-            self._totals = [0] * len(self.NAMES)
-
-    def _fold(self) -> None:
-        """Add what is new to the totals; the caller holds the lock."""
-        while self._new:
-            counts = self._new.popleft()
-            self._totals = [total + count for total, count in zip(self._totals, counts)]
-
-
-class Roster:
-    """The providers that can be asked: their rows, keys and models, in their order."""
-
-    def __init__(
-        self,
-        providers: Iterable[Provider],
-        api_keys: Mapping[str, Optional[str]],
-        idle_timeout: Optional[float],
-    ) -> None:
-        settings = Settings()
-        self.problems = settings.problems
-        self.all_rows: Dict[str, Provider] = {}
-        self.models: Dict[str, List[str]] = {}
-        self.api_keys: Dict[str, Optional[str]] = {}
-        self._placeholders: Set[str] = set()
-        self._found_keys: Dict[str, Optional[str]] = {}  # as the environment has them
-
-        for row in providers:
-            if not isinstance(row, Provider):
-                raise ValueError(f"providers must be rows (Provider), not {row!r:.60}")
-            quiet = row.idle_timeout if idle_timeout is None else idle_timeout
-            row = dataclasses.replace(row, base_url=base_url(row), idle_timeout=quiet)
-            self.all_rows[row.name] = row
-            listed = re.split(r"[\s,]+", settings.value(row.variable("MODELS")))
-            self.models[row.name] = [name for name in listed if name] or list(row.models)
-            key = ""
-            if row.key_env:
-                key = settings.value(row.key_env)
-            if is_placeholder(key):
-                self._placeholders.add(row.name)
-                key = ""
-            self._found_keys[row.name] = key or None
-        self.fallback_order = list(self.all_rows)
-
-        self.api_keys.update(self._found_keys)
-        for name, given in api_keys.items():
-            if given is not None and not isinstance(given, str):
-                raise ValueError(f"api_keys[{name!r}] must be text, not {type(given).__name__}")
-            row = self.rows(name)[0]
-            self.api_keys[row.name] = given
-            if self.key(row) and is_clear_text(row.base_url):
-                name = row.variable("BASE_URL")
-                raise ValueError(f"{name} must be https://... for a provider with a key")
-
-    def given_keys(self) -> Dict[str, Optional[str]]:
-        """The keys that do not come from the environment."""
-        given = {}
-        for name, key in self.api_keys.items():
-            if key != self._found_keys.get(name):
-                given[name] = key
-        return given
-
-    def key(self, row: Provider) -> str:
-        """The key of a provider, "" if it has none."""
-        return stripped(self.api_keys.get(row.name))
-
-    def key_problem(self, row: Provider) -> str:
-        """Why a provider cannot be asked, "" if it can."""
-        key = self.key(row)
-        if not key and row.key_env is None:
-            return ""
-        name = row.key_env or f"the key of {row.name}"
-        if key and is_clear_text(row.base_url):
-            return f"{name} would go to {row.base_url} in clear text"
-        if key and re.fullmatch("[!-~]+", key):
-            return ""
-        if key:
-            problem = "contains a character that cannot be in a key"
-        elif row.name in self._placeholders:
-            problem = "holds a placeholder"
-        else:
-            problem = "is not set"
-        return (
-            f"{name} {problem} → get a key: {row.key_url}" if row.key_url else f"{name} {problem}"
-        )
-
-    def rows(self, names: Names = None) -> List[Provider]:
-        """The rows of these providers, None for all, in their order. Raises ValueError."""
-        wanted = self.fallback_order if names is None else names
-        if isinstance(wanted, str):
-            wanted = wanted.split(",")
-        try:
-            found = [str(name).strip().lower() for name in wanted]
-        except TypeError:
-            found = []
-        if not found or not all(name in self.all_rows for name in found):
-            known = ", ".join(self.all_rows)
-            raise ValueError(f"provider must be one or more of {known}, not {names!r:.60}")
-        return [self.all_rows[name] for name in dict.fromkeys(found)]
-
-    def usable_rows(self, names: Names = None) -> List[Provider]:
-        """The rows that have a key, or need none. Raises NoProviderError if there is none."""
-        rows = self.rows(names)
-        usable = [row for row in rows if not self.key_problem(row)]
-        if usable:
-            return usable
-
-        lines = ["No API keys found! Please set environment variables:"]
-        lines.append("   " + ", ".join(row.key_env or row.name for row in rows))
-        lines.extend(f"   {row.name}: {self.key_problem(row)}" for row in rows)
-        variables = [row.key_env for row in rows if row.key_env]
-        unfinished = [row.key_env for row in rows if row.name in self._placeholders]
-        if variables:
-            name = (unfinished or variables)[-1]
-            lines.append(f"   One is enough: export {name}=...   (or put it into .env)")
-        lines.extend(f"   {problem}" for problem in self.problems)
-        raise NoProviderError("\n".join(lines))
-
-    def candidates(self, names: Names, model: Optional[str]) -> List[Candidate]:
-        """Whom to ask, in this order. A model may be "provider:model". Raises as `rows` does."""
-        if model is not None and (not isinstance(model, str) or is_blank(model)):
-            raise ValueError(f"model must be the id of a model, not {model!r:.60}")
-        rows = self.usable_rows(names)
-        if model is not None:
-            prefix, _, rest = model.partition(":")
-            if rest and prefix.strip().lower() in self.all_rows:
-                if names is not None and self.rows(prefix)[0] not in self.rows(names):
-                    raise ValueError(f"model {model} is not of provider {names!r}")
-                rows = self.usable_rows(prefix)
-                model = rest.strip()
-            else:
-                listing = [row for row in rows if model in self.models[row.name]]
-                rows = listing or rows
-
-        candidates = []
-        for row in rows:
-            models = self.models[row.name] if model is None else [model]
-            for number, name in enumerate(models, 1):
-                candidates.append(Candidate(row, name, f"{number}/{len(models)}"))
-        if not candidates:
-            names_of_rows = ", ".join(row.name for row in rows)
-            raise ValueError(f"models must name one: {names_of_rows} has none")
-        return candidates
-
-    def nearest_model(self, candidate: Candidate) -> str:
-        """The model of this provider whose id is most like the candidate's, "" if none is."""
-        listed = self.models[candidate.row.name]
-        near = difflib.get_close_matches(candidate.model, listed, 1, 0.7)
-        if near and candidate.model not in listed:
-            return near[0]
-        return ""
-
-
-class Trail:
-    """What has happened to one question so far."""
-
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, config: RetryConfig, cancelled: threading.Event, clock: Clock) -> None:
         self.attempts: List[Attempt] = []
-        self.failures: Dict[str, Tuple[Candidate, Failure]] = {}  # the last of each provider
+        self.failures: Dict[str, Tuple[Candidate, Failure]] = {}  # the last of each account
         self.draft = Draft("", is_live=False)  # of the current attempt
-        self.waited = 0.0  # since the last attempt
+        self._config = config
+        self._cancelled = cancelled  # nobody listens any more
         self._started = clock()
         self._clock = clock
+        self._waited = 0.0  # since the last attempt
+        self._told: Set[Tuple[str, str]] = set()
+        self._last: Optional[Candidate] = None  # of those that failed
+        self._provider = ""
 
     @property
     def is_shown(self) -> bool:
         """Whether text of the current attempt has been given out, which cannot be taken back."""
         return self.draft.is_live and bool(self.draft.texts)
 
-    def add(self, turn: Turn, failure: Optional[Failure], begun: float) -> None:
-        """Note an attempt that has ended."""
-        row, model, _ = turn.candidate
-        attempt = Attempt(
-            provider=row.name,
-            model=model,
-            number=turn.requests,
-            status=self.draft.status,
-            verdict=failure.verdict if failure else None,
-            reason=failure.reason if failure else "",
-            waited=self.waited,
-            elapsed=self._clock() - begun,
-        )
-        self.attempts.append(attempt)
-        self.waited = 0.0
-        if failure is not None:
-            self.failures[row.name] = (turn.candidate, failure)
+    def waiting(self, turn: Turn) -> None:
+        """A question waits for this turn."""
+        self._waited += turn.wait
+        if turn.attempts and turn.wait > turn.hold:
+            self._tell(f"⏳ Waiting {turn.wait:.2f}s before retry...", again=True)
+        elif turn.wait > turn.hold:
+            label = turn.candidate.label
+            self._tell(f"⏳ Waiting {turn.wait:.2f}s: {label} is rate-limited", again=True)
 
-    def answer(self) -> Answer:
-        """The answer that the last attempt gave."""
-        last = self.attempts[-1]
+    def asking(self, turn: Turn, draft: Draft) -> None:
+        """A candidate is asked now."""
+        self.draft = draft
+        turn.requests += 1
+        candidate = turn.candidate
+        if self._last is not None and self._last != candidate:
+            self._tell(f"🔄 {self._last.label} {self._last.model} failed, trying next model...")
+        if candidate.row.name != self._provider:
+            self._tell(f"🔄 Trying provider: {candidate.row.name}")
+        if candidate != self._last:
+            where = f"{candidate.label} model {candidate.position}"
+            self._tell(f"🎯 Trying {where}: {candidate.model}")
+        self._provider = candidate.row.name
+
+    def answered(self, turn: Turn) -> Answer:
+        """The current attempt gave the answer."""
+        candidate = turn.candidate
+        attempt = self._note(turn, None)
+        line = f"✅ Success with {candidate.label} {candidate.model} on attempt {attempt.number}"
+        self._tell(line, attempt=attempt)
+        if is_cut(self.draft.finish_reason):
+            self._tell(ANSWER_CUT, logging.WARNING)
         return Answer(
             text=self.draft.text,
-            provider=last.provider,
-            model=last.model,
+            provider=candidate.row.name,
+            model=candidate.model,
             finish_reason=self.draft.finish_reason or None,
             usage=self.draft.usage,
             attempts=tuple(self.attempts),
             elapsed=self._clock() - self._started,
-            skipped_events=self.draft.skipped_events,
         )
 
+    def failed(self, turn: Turn, failure: Failure) -> None:
+        """The current attempt failed."""
+        candidate = turn.candidate
+        attempt = self._note(turn, failure)
+        self.failures[candidate.label] = (candidate, failure)
+        is_final = self.is_shown or failure.verdict is Verdict.REFUSED
+        if not is_final:  # else an exception tells it
+            line = f"❌ Error in {candidate.label} API request: {failure.reason}"
+            model = candidate.model
+            if failure.cause is Cause.UNREACHABLE:
+                model = ""
+            is_retry = candidate == self._last
+            self._tell(line, logging.WARNING, model, again=is_retry, attempt=attempt)
+        self._last = candidate
+        if failure.verdict is Verdict.DENIED and candidate.row.key_env:
+            line = f"🔑 Check {candidate.row.key_env} and the account: {candidate.row.key_url}"
+            self._tell(line.rstrip(": "), logging.WARNING)
+        used = turn.attempts + 1
+        is_over = failure.rule.asked_again and used >= self._config.max_attempts
+        if is_over and used > 1 and not self.is_shown:
+            line = f"🔄 {candidate.label} {candidate.model} exhausted all {used} retry attempts"
+            self._tell(line)
+
+    def _note(self, turn: Turn, failure: Optional[Failure]) -> Attempt:
+        """Add an attempt that has ended to the trail."""
+        draft = self.draft
+        attempt = Attempt(
+            provider=turn.candidate.row.name,
+            model=turn.candidate.model,
+            number=turn.requests,
+            status=draft.status,
+            verdict=failure.verdict if failure else None,
+            reason=failure.reason if failure else "",
+            waited=self._waited,
+            elapsed=self._clock() - turn.begun,
+            key=turn.candidate.number,
+            request_id=draft.request_id,
+        )
+        self.attempts.append(attempt)
+        self._waited = 0.0
+        self._tell(details_of(attempt, failure, draft.usage), logging.DEBUG, again=True)
+        return attempt
+
     def was_asked(self, candidate: Candidate) -> bool:
-        """Whether a candidate was asked, or a failure of its provider stands for it."""
-        name, model = candidate.row.name, candidate.model
-        if name in self.failures and self.failures[name][1].reaches_provider:
+        """Whether a candidate was asked, or a failure of its account stands for it."""
+        known = self.failures.get(candidate.label)
+        if known is not None and known[1].reach is not Reach.MODEL:
             return True
+        name, model = candidate.row.name, candidate.model
         return any(a.provider == name and a.model == model for a in self.attempts)
 
     def gone_models(self, provider: str) -> Set[str]:
@@ -3122,81 +3635,37 @@ class Trail:
                 gone.add(attempt.model)
         return gone
 
-
-class Narrator:
-    """Tells one question's walk through the logger, in the documented lines.
-
-    Each line is logged only once, and each error once per model, unless it is a retry.
-    """
-
-    def __init__(self, config: RetryConfig, cancelled: threading.Event) -> None:
-        self._config = config
-        self._cancelled = cancelled  # nobody listens any more
-        self._told: Set[Tuple[str, str]] = set()
-        self._provider = ""
-        self._last: Optional[Candidate] = None
-
-    def asking(self, candidate: Candidate) -> None:
-        """Tell who is asked now, and that another one failed before."""
-        name = candidate.row.name
-        if self._last is not None and self._last != candidate:
-            last_name, last_model = self._last.row.name, self._last.model
-            self._tell(f"🔄 {last_name} {last_model} failed, trying next model...")
-        if name != self._provider:
-            self._tell(f"🔄 Trying provider: {name}")
-        if candidate != self._last:
-            self._tell(f"🎯 Trying {name} model {candidate.position}: {candidate.model}")
-        self._provider = name
-
-    def waiting(self, step: Step) -> None:
-        """Tell how long the question waits, and why."""
-        name = step.turn.candidate.row.name
-        if step.turn.attempts:
-            self._tell(f"⏳ Waiting {step.wait:.2f}s before retry...", again=True)
-        elif step.slot is not None:
-            self._tell(f"⏳ Waiting {step.wait:.2f}s: {name} is rate-limited", again=True)
-
-    def answered(self, candidate: Candidate, trail: Trail) -> None:
-        """Tell of the answer, and of what is wrong with it."""
-        name = candidate.row.name
-        number = trail.attempts[-1].number
-        self._tell(f"✅ Success with {name} {candidate.model} on attempt {number}")
-        count = trail.draft.skipped_events
-        if count:
-            line = f"⚠️  malformed events in the stream, left out of the answer: {count}"
-            self._tell(line, logging.WARNING)
-        if trail.draft.finish_reason == "length":
-            self._tell(ANSWER_CUT, logging.WARNING)
-
-    def failed(self, turn: Turn, failure: Failure, is_shown: bool) -> None:
-        """Tell why an attempt failed, and what to do about a key."""
-        candidate = turn.candidate
-        row = candidate.row
-        if not is_shown:  # what broke off after its first text is told by StreamInterrupted
-            line = f"❌ Error in {row.name} API request: {failure.reason}"
-            model = candidate.model
-            if failure.is_unreachable:
-                model = ""
-            is_retry = candidate == self._last
-            self._tell(line, logging.WARNING, model, again=is_retry)
-        self._last = candidate
-        if failure.verdict is Verdict.DENIED and row.key_env:
-            line = f"🔑 Check {row.key_env} and the account: {row.key_url}"
-            self._tell(line.rstrip(": "), logging.WARNING)
-        number = turn.requests
-        if failure.rule.asked_again and number >= self._config.max_attempts:
-            line = f"🔄 {row.name} {candidate.model} exhausted all {number} retry attempts"
-            self._tell(line)
-
     def _tell(
-        self, line: str, level: int = logging.INFO, model: str = "", again: bool = False
+        self,
+        line: str,
+        level: int = logging.INFO,
+        model: str = "",
+        again: bool = False,
+        attempt: Optional[Attempt] = None,
     ) -> None:
         """Log a line, unless it was told before or nobody listens any more."""
         if self._cancelled.is_set():
             return
         if again or (model, line) not in self._told:
             self._told.add((model, line))
-            logger.log(level, "%s", line)
+            logger.log(level, "%s", line, extra={"attempt": attempt})
+
+
+def details_of(attempt: Attempt, failure: Optional[Failure], usage: Json) -> str:
+    """What else is known of an attempt, in one line."""
+    details = [f"{attempt.elapsed:.2f} s"]
+    if attempt.status is not None:
+        details.insert(0, f"HTTP {attempt.status}")
+    if failure is not None:
+        details.append(failure.verdict.value)
+    if failure is not None and failure.hint is not None:
+        details.append(f"the server asks to wait {failure.hint:.3g} s")
+    if attempt.request_id:
+        details.append(f"request id {attempt.request_id}")
+    for name in ("prompt_tokens", "completion_tokens"):
+        if name in usage:
+            details.append(f"{usage[name]} {name.replace('_', ' ')}")
+    return "   " + ", ".join(details)
 
 
 def duration_words(seconds: float) -> str:
@@ -3207,15 +3676,6 @@ def duration_words(seconds: float) -> str:
         if count > 1 or (unit == "hour" and seconds >= 3600):
             return f"{count} {unit}{'' if count == 1 else 's'}"
     return f"{seconds} s"
-
-
-def models_by_provider(candidates: Iterable[Candidate]) -> str:
-    """Such as "groq (3 models), openrouter (1 model)"."""
-    counts = collections.Counter(candidate.row.name for candidate in candidates)
-    parts = []
-    for name, count in counts.items():
-        parts.append(f"{name} ({count} model{'' if count == 1 else 's'})")
-    return ", ".join(parts)
 
 
 class Workers:
@@ -3233,11 +3693,18 @@ class Workers:
         self._todo.put((number, item))
         if len(self._threads) < self._most:
             thread = threading.Thread(target=self._work, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads can be started: those that run must do
+                self._most = max(1, len(self._threads))
+            else:
+                self._threads.append(thread)
 
     def next_result(self) -> Tuple[int, Any]:
         """The number and the result of a call that has ended; its exception is raised."""
+        if not self._threads:
+            self._todo.put(None)
+            self._work()
         number, result, error = self._done.get()
         if error is not None:
             raise error
@@ -3289,20 +3756,6 @@ def work_through(
         pool.stop()
 
 
-def check_parameter_names(parameters: Json) -> None:
-    """Raise ValueError for parameters that are not supported or look misspelt."""
-    for name in parameters:
-        if not isinstance(name, str):
-            raise ValueError(f"a parameter's name must be text, not {name!r:.60}")
-        if name in UNSUPPORTED:
-            raise ValueError("tools, stream and n are not supported")
-        if name in API_PARAMETERS:
-            continue
-        near = difflib.get_close_matches(name, [*ARGUMENTS, "temperature"], 1, 0.8)
-        if near and near[0] != name:
-            raise ValueError(f"unknown parameter {name!r}: did you mean {near[0]!r}?")
-
-
 def rejection(accept: Optional[Accept], text: str) -> Optional[Failure]:
     """The failure of an answer that the caller does not accept."""
     if accept is None:
@@ -3311,26 +3764,9 @@ def rejection(accept: Optional[Accept], text: str) -> Optional[Failure]:
         if accept(text):
             return None
         reason = "the answer was not accepted"
-    except ValueError as error:  # json.loads raises one
+    except (ValueError, LookupError, TypeError) as error:  # as json.loads(text)["x"] raises them
         reason = f"the answer was not accepted: {error}"
-    return Failure(Verdict.REJECTED, reason)
-
-
-def raise_if_final(failure: Failure, trail: Trail) -> None:
-    """Raise the error of a failure that ends the question, whoever else might answer."""
-    last = trail.attempts[-1]
-    who = f"{last.provider} {last.model}"
-    if trail.is_shown:
-        raise StreamInterrupted(
-            f"{who} broke off: {failure.reason}",
-            trail.attempts,
-            partial=trail.draft.text,
-            provider=last.provider,
-            model=last.model,
-        )
-    if failure.verdict is Verdict.REFUSED:
-        message = f"{last.provider} refused the question: {failure.reason}"
-        raise AnswerRefused(message, trail.attempts, reason=failure.reason)
+    return Failure(Verdict.REJECTED, reason[:MAX_LINE])
 
 
 def is_chat_model(entry: object, free_only: bool) -> bool:
@@ -3369,38 +3805,25 @@ class Parts:
     clock: Clock
     sleep: Callable[[float], object]
     chance: Clock
-    statistics: Statistics = dataclasses.field(default_factory=Statistics)
-    searched: Set[str] = dataclasses.field(default_factory=set)  # whose models list was asked for
+    without_options: Set[str] = dataclasses.field(default_factory=set)
+    # without_options: the providers that refuse stream_options
 
     def renew(self) -> None:
         """Begin with connections and locks of its own, as each process must after a fork."""
         self.transport.renew()
-        self.health.renew_lock()
-        self.statistics.renew_lock()
+        self.health.renew()
 
-    def shown(self, text: str) -> str:
-        """A server's text, safe to show."""
-        if text in ("", "stop", "length"):
-            return text
-        for key in self.roster.api_keys.values():
-            self.transport.redactor.add(key)
-        return self.transport.redactor.line(text)
-
-    def served_models(self, row: Provider, deadline: float = math.inf) -> List[str]:
-        """The chat models in a provider's own list; none if the list cannot be had."""
-        try:
-            listing = self.transport.get(row, "/models", self.roster.key(row), deadline)
-        except Failure:
-            return []
-        entries = listing.get("data")
-        if not isinstance(entries, list):
-            return []
-        models = []
-        for entry in entries:
+    def served(self, account: Account, deadline: float) -> List[Json]:
+        """The entries of a provider's own models list. Raises Failure if it cannot be had."""
+        row = self.roster.all_rows[account.provider]
+        key = self.roster.key(account)
+        entries = self.transport.get(row, "/models", key, deadline).get("data")
+        found = []
+        for entry in entries if isinstance(entries, list) else []:
             name = dig(entry, "id")
-            if is_chat_model(entry, row.free_only) and self.shown(name) == name:
-                models.append(name)
-        return models
+            if isinstance(name, str) and self.transport.safe(name, key) == name:
+                found.append(entry)
+        return found
 
 
 FORKED: weakref.WeakSet[Parts] = weakref.WeakSet()  # renewed in each new process
@@ -3432,27 +3855,24 @@ class Walk:
     """One question's walk over its candidates."""
 
     def __init__(
-        self, question: Question, is_live: bool, parts: Parts, config: RetryConfig
+        self,
+        question: Question,
+        candidates: List[Candidate],
+        parts: Parts,
+        config: RetryConfig,
+        timeout: float,
+        idle_timeout: Optional[float],
+        cancelled: threading.Event,
+        is_live: bool = False,
     ) -> None:
         self._question = question
-        self._is_live = is_live
+        self._candidates = candidates
         self._parts = parts
         self._config = config
-        self._narrator = Narrator(config, question.cancelled)
-
-    def _begin(self) -> None:
-        """Start the clock of the question: a stream may be read long after it was made."""
-        parts = self._parts
-        self._trail = Trail(parts.clock)
-        self._deadline = parts.clock() + self._question.timeout
-        self._line = Queue(
-            self._question.candidates,
-            self._deadline,
-            parts.health,
-            self._config,
-            parts.clock,
-            parts.chance,
-        )
+        self._timeout = timeout
+        self._idle_timeout = idle_timeout
+        self._cancelled = cancelled
+        self._is_live = is_live
 
     def run(self) -> Generator[str, None, Answer]:
         """Ask whoever is next until one answers; live text comes out as it comes in."""
@@ -3460,180 +3880,209 @@ class Walk:
         is_answered = False
         try:
             while True:
-                step = self._next_step()
-                if step is None:
-                    raise self._all_failed()
-                slot = self._wait_for(step)
-                if slot is None:
-                    continue
-
-                failure = yield from self._attempt(step.turn, slot)
-                if failure is None:
-                    is_answered = True
-                    return self._trail.answer()
-
-                raise_if_final(failure, self._trail)
-                self._line.failed(step.turn, failure)
-                self._line.add(self._replacements())
+                with self._line.next() as turn:
+                    if turn is None or self._cancelled.is_set():
+                        self._find_more()
+                    elif turn.wait > 0:
+                        self._wait_for(turn)
+                    else:
+                        failure = yield from self._attempt(turn)
+                        if failure is None:
+                            is_answered = True
+                            return self._trail.answered(turn)
+                        self._trail.failed(turn, failure)
+                        self._raise_if_final(turn, failure)
+                        self._line.failed(turn, failure)
         except GeneratorExit:
             is_answered = self._trail.is_shown  # whoever closes a stream has read enough
             raise
         finally:
-            self._parts.statistics.add(self._trail.attempts, is_answered)
+            self._parts.health.count(self._trail.attempts, is_answered)
 
-    def _next_step(self) -> Optional[Step]:
-        """What to do next; None when nobody is left, or the question was cancelled."""
-        if self._question.cancelled.is_set():
-            return None
-        return self._line.next()
+    def _begin(self) -> None:
+        """Start the clock of the question: a stream may be read long after it was made."""
+        parts = self._parts
+        self._trail = Trail(self._config, self._cancelled, parts.clock)
+        self._deadline = parts.clock() + self._timeout
+        self._line = Queue(
+            self._candidates, self._deadline, parts.health, self._config, parts.clock, parts.chance
+        )
 
-    def _wait_for(self, step: Step) -> Optional[Slot]:
-        """Wait for a step. None if it has become void: others were refused meanwhile."""
-        slot = step.slot
-        try:
-            if step.wait > 0:
-                self._narrator.waiting(step)
-                self._trail.waited += step.wait
-                self._parts.sleep(step.wait)
-        except BaseException:  # Ctrl-C
-            if slot is not None:
-                self._parts.health.drop(slot)
-            raise
-        if slot is None or not self._parts.health.begin(slot):
-            return None
-        return slot
+    def _wait_for(self, turn: Turn) -> None:
+        """Sleep until a turn may be asked; then the question looks again at all of them."""
+        self._trail.waiting(turn)
+        self._parts.sleep(turn.wait)
 
-    def _attempt(self, turn: Turn, slot: Slot) -> Generator[str, None, Optional[Failure]]:
+    def _attempt(self, turn: Turn) -> Generator[str, None, Optional[Failure]]:
         """One exchange, and what is learned from it: why it gave no answer, None if it did."""
-        self._narrator.asking(slot.candidate)
-        draft = Draft(slot.candidate.model, self._is_live)
-        self._trail.draft = draft
-        turn.requests += 1
-        clock = self._parts.clock
-        begun = clock()
-        limit = TimeLimit(clock, self._line.deadline_for(turn), slot.candidate.row.idle_timeout)
+        health = self._parts.health
+        draft = Draft(turn.candidate.model, self._is_live)
+        self._trail.asking(turn, draft)
+        is_granted = False
         failure: Optional[Failure] = None
         try:
-            with contextlib.closing(self._pieces(slot.candidate, draft, limit)) as pieces:
+            with contextlib.closing(self._conversation(turn, draft)) as pieces:
                 for piece in pieces:
-                    if piece and not slot.is_granted:
-                        room = room_in(draft.headers, draft.tokens)
-                        self._parts.health.granted(slot, begun, room)
+                    if piece and not is_granted:
+                        is_granted = True
+                        health.granted(turn, self._room(draft))
                     if piece and self._is_live:
-                        limit.extend(self._deadline)  # it cannot be taken back
                         yield piece
-            failure = draft.failure() or rejection(self._question.accept, draft.text)
+            failure = rejection(self._question.accept, draft.text)
         except Failure as caught:
             failure = caught
         except GeneratorExit:
-            self._parts.health.drop(slot, begun if draft.texts else None)
-            raise
-        except BaseException:  # Ctrl-C, or an exception of the caller's `accept`
-            self._parts.health.drop(slot)
+            if draft.texts:
+                health.closed(turn)
             raise
 
-        self._learn(turn, slot, begun, failure)
+        if not is_granted and draft.status not in (None, 429):
+            health.granted(turn, None)  # no quota has refused it
+        self._learn(turn, failure)
         return failure
 
-    def _pieces(
-        self, candidate: Candidate, draft: Draft, limit: TimeLimit
-    ) -> Generator[str, None, None]:
-        """The text of an answer as it comes."""
-        row, model, _ = candidate
-        body = request_body(self._question.fields, model, row.parameters_for(model))
-        fields = self._question.fields
-        longest = to_number(fields.get("max_tokens", fields.get("max_completion_tokens")))
-        draft.tokens = len(body) // 4 + (0 if math.isnan(longest) else int(longest))
-        key = self._parts.roster.key(row)
-        return self._parts.transport.converse(row, key, body, draft, limit)
-
-    def _learn(self, turn: Turn, slot: Slot, begun: float, failure: Optional[Failure]) -> None:
-        """Note and tell how an attempt ended."""
-        draft = self._trail.draft
-        draft.finish_reason = self._parts.shown(draft.finish_reason)
+    def _learn(self, turn: Turn, failure: Optional[Failure]) -> None:
+        """Remember for later questions how an attempt ended."""
         if failure is None:
-            self._parts.health.answered(slot, begun)
-            self._trail.add(turn, None, begun)
-            self._narrator.answered(slot.candidate, self._trail)
+            self._parts.health.answered(turn)
             return
+        self._parts.health.failed(turn, failure, self._config.backoff)
+        if failure.cause is Cause.OPTIONS:
+            self._parts.without_options.add(turn.candidate.row.name)
 
-        failure.reason = self._parts.shown(failure.reason)
-        failure.summary = self._parts.shown(failure.summary)
-        if not slot.is_granted and draft.status not in (None, 429):
-            self._parts.health.granted(slot, begun, None)  # no quota has refused it
-        self._parts.health.failed(slot, begun, failure, self._config.backoff)
-        self._trail.add(turn, failure, begun)
-        self._narrator.failed(turn, failure, is_shown=self._trail.is_shown)
+    def _room(self, draft: Draft) -> Optional[int]:
+        """How many more requests like this one the server has room for, if it says so."""
+        return room_in(draft.headers, self._question.tokens())
 
-    def _replacements(self) -> List[Candidate]:
-        """Models that the provider asked last serves, once all that it was asked for are gone."""
-        question = self._question
-        roster = self._parts.roster
-        name = self._trail.attempts[-1].provider
-        gone = self._trail.gone_models(name)
-        asked = {c.model for c in question.candidates if c.row.name == name}
-        if question.has_chosen_model or not gone or asked - gone:
-            return []
+    def _conversation(self, turn: Turn, draft: Draft) -> Generator[str, None, None]:
+        """The text of an answer as it comes. Raises Failure."""
+        candidate = turn.candidate
+        deadline = self._line.deadline_for(turn)
+        idle_timeout = self._idle_timeout or candidate.row.idle_timeout
+        is_share = deadline < self._deadline
+        limit = TimeLimit(self._parts.clock, deadline, idle_timeout, is_share)
+        with_options = candidate.row.name not in self._parts.without_options
+        defaults = candidate.row.parameters_for(candidate.model)
+        body = self._question.body(candidate.model, defaults, with_options)
+        pieces = self._parts.transport.converse(candidate.row, candidate.key, body, draft, limit)
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                if piece and self._is_live:
+                    limit.extend(self._deadline)  # it cannot be taken back
+                yield piece
 
-        row = roster.all_rows[name]
-        if name not in self._parts.searched and gone.issuperset(roster.models[name]):
-            # Other threads do not wait for the list: they go on to the next provider.
-            self._parts.searched.add(name)
-            served = self._parts.served_models(row, self._deadline)
-            found = [model for model in served if model not in gone][:MOST_REPLACEMENTS]
+    def _raise_if_final(self, turn: Turn, failure: Failure) -> None:
+        """Raise the error of a failure that ends the question, whoever else might answer."""
+        name, model = turn.candidate.row.name, turn.candidate.model
+        attempts = self._trail.attempts
+        if self._trail.is_shown:
+            raise StreamInterrupted(
+                f"{turn.candidate.label} {model} broke off: {failure.reason}",
+                attempts,
+                partial=self._trail.draft.text,
+                provider=name,
+                model=model,
+            )
+        if failure.verdict is Verdict.REFUSED:
+            message = f"{turn.candidate.label} refused the question: {failure.reason}"
+            raise AnswerRefused(message, attempts, reason=failure.reason)
+
+    def _find_more(self) -> None:
+        """Ask providers all of whose models are gone for others. Raises AllProvidersFailed."""
+        rows = dict.fromkeys(candidate.row for candidate in self._candidates)
+        for row in rows:
+            asked = {c.model for c in self._candidates if c.row is row}
+            gone = self._trail.gone_models(row.name)
+            if self._question.model is not None or not gone or asked - gone:
+                continue
+            self._search(row, gone)
+            models = self._parts.roster.models_of(row)
+            found = self._parts.roster.candidates_of(row, models)
+            new = [candidate for candidate in found if candidate.model not in asked]
+            self._candidates.extend(new)
+            if not self._cancelled.is_set() and self._line.add(new):
+                return
+        raise self._all_failed()
+
+    def _search(self, row: Provider, gone: Set[str]) -> None:
+        """Have the models that a provider serves take the place of those that are gone.
+
+        One question fetches the list; those that need it meanwhile wait for it.
+        """
+        health = self._parts.health
+        models = self._parts.roster.models
+        while gone.issuperset(models[row.name]) and not self._cancelled.is_set():
+            wait = health.search(row.name)
+            now = self._parts.clock()
+            if wait is None or now + wait >= self._deadline:
+                return
+            if wait > 0:
+                self._parts.sleep(wait)
+                continue
+
+            served = None
+            with contextlib.suppress(Failure):
+                usable = [a for a in self._parts.roster.accounts(row.name) if not a.problem]
+                if usable:
+                    served = self._parts.served(usable[0], (now + self._deadline) / 2)
+            chatting = [e["id"] for e in served or () if is_chat_model(e, row.free_only)]
+            found = [model for model in chatting if model not in gone][:MOST_REPLACEMENTS]
             if found:
-                roster.models[name] = found
-                logger.warning(
-                    "🔎 %s: gone: %s; used instead: %s; to choose, set %s=a,b",
-                    name,
-                    ", ".join(sorted(gone)),
-                    ", ".join(found),
-                    row.variable("MODELS"),
-                )
-
-        candidates = roster.candidates(name, None)
-        new = [candidate for candidate in candidates if candidate.model not in asked]
-        question.candidates.extend(new)
-        return new
+                models[row.name] = found
+                line = "🔎 %s: gone: %s; used instead: %s; to choose, set %s=a,b"
+                gone_ids, found_ids = ", ".join(sorted(gone)), ", ".join(found)
+                variable = row.variable("MODELS")
+                logger.warning(line, row.name, gone_ids, found_ids, variable)
+            health.searched(row.name, is_known=served is not None)
 
     def _all_failed(self) -> AllProvidersFailed:
         """The error of a question that nobody answered, with what to do."""
         trail = self._trail
-        candidates = self._question.candidates
-        waits = [self._parts.health.wait_for_server(candidate) for candidate in candidates]
+        waits = [self._parts.health.wait_for_server(candidate) for candidate in self._candidates]
         retry_after = min([wait for wait in waits if wait > 0], default=None)
-        unasked = [candidate for candidate in candidates if not trail.was_asked(candidate)]
-        lines = [self._headline(unasked)]
-
-        for name, (candidate, failure) in list(trail.failures.items())[:6]:
+        lines = [self._headline()]
+        for label, (candidate, failure) in list(trail.failures.items())[:6]:
             reason = failure.summary or failure.reason
-            lines.append(
-                f"   {name} {candidate.model}: {reason} → {self._advice(candidate, failure)}"
-            )
+            advice = self._advice(candidate, failure)
+            lines.append(f"   {label} {candidate.model}: {reason} → {advice}")
         if retry_after is not None:
             lines.append(f"   The first rate limit ends in {duration_words(retry_after)}.")
         return AllProvidersFailed("\n".join(lines), trail.attempts, retry_after)
 
-    def _headline(self, unasked: Sequence[Candidate]) -> str:
-        """In one line, what was asked and what was not."""
-        question = self._question
-        roster = self._parts.roster
-        asked = [c for c in question.candidates if c not in unasked]
-        chosen = {candidate.row.name for candidate in question.candidates}
-        usable = [row for row in roster.rows() if not roster.key_problem(row)]
-        others = [row.name for row in usable if row.name not in chosen]
-        if not unasked and not others:
+    def _headline(self) -> str:
+        """In one sentence, what was asked, what was not, and who else could answer."""
+        trail = self._trail
+        accounts = self._parts.roster.accounts()
+        rejected = {(a.provider, a.model) for a in trail.attempts if a.verdict is Verdict.REJECTED}
+        if rejected:
+            return f"{count_of(len(rejected), 'model')} answered; none was accepted"
+        unasked = [c for c in self._candidates if not trail.was_asked(c)]
+        chosen = {candidate.row.name for candidate in self._candidates}
+        others = [a.label for a in accounts if not a.problem and a.provider not in chosen]
+        is_late = self._parts.clock() >= self._deadline - 0.01
+        if not unasked and not others and not is_late:
             return "All providers and models failed"
 
-        what = "No answer"
-        if self._parts.clock() >= self._deadline - 0.01:
-            what = "No answer within the time limit"
-        parts = [f"{what}; asked: {models_by_provider(asked) or 'nobody'}"]
-        if unasked:
-            parts.append(f"not asked: {models_by_provider(unasked)}")
+        line = "No answer"
+        if is_late:
+            line = f"No answer within the time limit of {number_of(self._timeout)} s"
+        parts = [
+            self._why_unasked(label, unasked) for label in dict.fromkeys(c.label for c in unasked)
+        ]
         if others:
-            parts.append(f"not chosen: {', '.join(others)}")
-        return "; ".join(parts)
+            limit = "provider" if self._question.model is None else "model"
+            parts.append(f"without {limit}, {' or '.join(others)} could answer")
+        if parts:
+            line += ": " + "; ".join(parts)
+        return line
+
+    def _why_unasked(self, label: str, unasked: Sequence[Candidate]) -> str:
+        """Why models of an account were not asked."""
+        candidates = [candidate for candidate in unasked if candidate.label == label]
+        pause = min(self._parts.health.wait_for_server(candidate) for candidate in candidates)
+        if pause > 0:
+            return f"{label} is rate-limited for {duration_words(pause)} more"
+        return f"{count_of(len(candidates), 'model')} of {label} not asked"
 
     def _advice(self, candidate: Candidate, failure: Failure) -> str:
         """What to do about a failure."""
@@ -3641,7 +4090,7 @@ class Walk:
         advice = failure.advice or failure.rule.advice
         near = self._parts.roster.nearest_model(candidate)
         if failure.verdict is Verdict.GONE and near:
-            advice = f"did you mean {near}? --list-models shows all"
+            advice = f"did you mean {near}? list_models shows all"
         words = {
             "{key}": row.key_env or "the key",
             "{models}": row.variable("MODELS"),
@@ -3650,7 +4099,41 @@ class Walk:
         }
         for mark, word in words.items():
             advice = advice.replace(mark, word)
-        return self._parts.shown(advice).rstrip(": ")
+        return advice.rstrip(": ")
+
+
+def count_of(count: int, noun: str) -> str:
+    """Such as "1 model" or "3 models"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+class Stream(Iterator[str]):
+    """The text of an answer, piece by piece as it comes.
+
+    When it has ended, `answer` is the Answer. Closing it early ends the request.
+    """
+
+    def __init__(self, pieces: Generator[str, None, Answer]) -> None:
+        self.answer: Optional[Answer] = None  # once all pieces were read
+        self._pieces = pieces
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            if end.value is not None:
+                self.answer = end.value
+            raise StopIteration(self.answer) from None
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the request, if it is still under way."""
+        self._pieces.close()
 
 
 class FallbackLLM:
@@ -3659,9 +4142,9 @@ class FallbackLLM:
         llm = FallbackLLM()
         print(llm.ask("What is the capital of France?"))
 
-    Threads may share an object. It works as a context manager, it can be pickled, and
-    `fallback_order`, `api_keys` and `models` may be changed at any time. `retry_config` says how
-    often a model is asked.
+    Threads may share an object. It works as a context manager, and it can be pickled. Its
+    attributes may be changed at any time; a wrong value raises ValueError, at once or, in a list
+    or dict that is changed, at the next question.
     """
 
     def __init__(
@@ -3685,30 +4168,24 @@ class FallbackLLM:
         seconds without progress that end an attempt, for all rows. The others replace time,
         sleep, chance and the requests.Session in tests. Raises ValueError.
         """
-        if retry_config is not None and not isinstance(retry_config, RetryConfig):
-            raise ValueError(f"retry_config must be a RetryConfig, not {retry_config!r:.60}")
         if api_keys is not None and not isinstance(api_keys, Mapping):
             raise ValueError(f"api_keys must be a dict, not {type(api_keys).__name__}")
-        for name, value in (("timeout", timeout), ("idle_timeout", idle_timeout)):
-            if value is not None:
-                check_number(name, value)
-
         self.retry_config = RetryConfig() if retry_config is None else retry_config
-        rows = PROVIDERS if providers is None else tuple(providers)
+        self.timeout = timeout
+        self.idle_timeout = idle_timeout
+        rows = None if providers is None else tuple(providers)
         self._settings: Dict[str, Any] = {
             "providers": rows,
-            "timeout": timeout,
-            "idle_timeout": idle_timeout,
             "clock": clock,
             "wall_clock": wall_clock,
             "sleep": sleep,
             "chance": chance,
         }
-        self._timeout = math.inf if timeout is None else timeout
+        self._roster = Roster(rows, api_keys or {})
         self._parts = Parts(
-            roster=Roster(rows, api_keys or {}, idle_timeout),
+            roster=self._roster,
             health=Health(clock, wall_clock),
-            transport=Transport(clock, wall_clock, session),
+            transport=Transport(clock, wall_clock, session, self._roster.all_keys),
             clock=clock,
             sleep=sleep,
             chance=random.random if chance is None else chance,
@@ -3716,8 +4193,7 @@ class FallbackLLM:
         renew_after_fork(self._parts)
 
     def __repr__(self) -> str:
-        parts = [f"{name}: {', '.join(self.models[name])}" for name in self.fallback_order]
-        return f"<FallbackLLM {'; '.join(parts)}>"
+        return f"<FallbackLLM {', '.join(self.fallback_order)}>"
 
     def __enter__(self) -> FallbackLLM:
         return self
@@ -3727,7 +4203,12 @@ class FallbackLLM:
 
     def __reduce__(self) -> Tuple[Any, ...]:
         """For pickle and copy: the settings, and the keys that were given."""
-        arguments = {**self._settings, "api_keys": self._parts.roster.given_keys()}
+        arguments = {
+            **self._settings,
+            "timeout": self.timeout,
+            "idle_timeout": self.idle_timeout,
+            "api_keys": self._roster.given_keys,
+        }
         make = functools.partial(type(self), self.retry_config, **arguments)
         return make, (), {"fallback_order": self.fallback_order, "models": self.models}
 
@@ -3740,40 +4221,85 @@ class FallbackLLM:
         self._parts.transport.close()
 
     @property
+    def retry_config(self) -> RetryConfig:
+        """How many times a model is asked, and how long to wait in between."""
+        return self._retry_config
+
+    @retry_config.setter
+    def retry_config(self, config: RetryConfig) -> None:
+        if not isinstance(config, RetryConfig):
+            raise ValueError(f"retry_config must be a RetryConfig, not {quoted(config)}")
+        self._retry_config = config
+
+    @property
+    def timeout(self) -> Optional[float]:
+        """The time limit of a whole question, in seconds; None: there is none."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: Optional[float]) -> None:
+        if seconds is not None:
+            check_number("timeout", seconds)
+        self._timeout = seconds
+
+    @property
+    def idle_timeout(self) -> Optional[float]:
+        """The seconds without progress that end an attempt; None: those of each row."""
+        return self._idle_timeout
+
+    @idle_timeout.setter
+    def idle_timeout(self, seconds: Optional[float]) -> None:
+        if seconds is not None:
+            check_number("idle_timeout", seconds)
+        self._idle_timeout = seconds
+
+    @property
     def fallback_order(self) -> List[str]:
         """The names of the providers, in the order in which they are asked."""
-        return self._parts.roster.fallback_order
+        return self._roster.fallback_order
 
     @fallback_order.setter
     def fallback_order(self, names: List[str]) -> None:
-        self._parts.roster.fallback_order = names
+        self._roster.rows(names, "fallback_order")
+        self._roster.fallback_order = names
 
     @property
     def api_keys(self) -> Dict[str, Optional[str]]:
-        """The key of each provider, None where it is not set."""
-        return self._parts.roster.api_keys
+        """The key of each provider, or several as "a,b"; None where it is not set."""
+        return self._roster.api_keys
 
     @api_keys.setter
     def api_keys(self, keys: Dict[str, Optional[str]]) -> None:
-        self._parts.roster.api_keys = keys
+        self._roster.check_keys(keys)
+        self._roster.api_keys = keys
 
     @property
     def models(self) -> Dict[str, List[str]]:
         """The models of each provider, in the order in which they are asked."""
-        return self._parts.roster.models
+        return self._roster.models
 
     @models.setter
     def models(self, models: Dict[str, List[str]]) -> None:
-        self._parts.roster.models = models
+        self._roster.check_models(models)
+        self._roster.models = models
 
     @property
     def provider_health(self) -> Dict[str, ProviderHealth]:
-        """What is known of each provider now."""
-        health = {}
-        for name, row in self._parts.roster.all_rows.items():
-            has_key = not self._parts.roster.key_problem(row)
-            health[name] = self._parts.health.of_provider(name, has_key)
+        """What is known of each provider now, and of each key where a provider has several."""
+        health: Dict[str, ProviderHealth] = {}
+        for account in self._roster.accounts(list(self._roster.all_rows)):
+            key = self._roster.key(account)
+            known = self._parts.health.of_account(account.provider, key, not account.problem)
+            health[account.label] = known
+            best = health.get(account.provider, known)
+            states = list(ProviderStatus)
+            if states.index(known.status) <= states.index(best.status):
+                health[account.provider] = dataclasses.replace(known)
         return health
+
+    def accounts(self, provider: Names = None) -> List[Account]:
+        """The keys of these providers, in the order in which they are asked. Raises ValueError."""
+        return self._roster.accounts(provider)
 
     def ask(
         self,
@@ -3786,19 +4312,21 @@ class FallbackLLM:
         messages: Optional[Sequence[Json]] = None,
         timeout: Optional[float] = None,
         accept: Optional[Accept] = None,
+        extra_body: Optional[Json] = None,
         **parameters: Any,
     ) -> str:
         """The text of the answer; "" if all models failed or the question was refused.
 
         The reason for a failure is logged as an error. Arguments and other errors: see `complete`.
         """
-        checked = self._question(
-            question, max_tokens, provider, model, system, messages, timeout, accept, parameters
+        asked = Question(
+            question, max_tokens, provider, model, system, messages, timeout, accept, extra_body
         )
         try:
-            return self._complete(checked).text
+            return self._complete(asked.updated(parameters)).text
         except (AllProvidersFailed, AnswerRefused) as error:
-            logger.error("❌ %s", error)
+            headline = str(error).split("\n")[0]  # each reason was told when it was met
+            logger.error("❌ %s", headline)
             return ""
 
     def complete(
@@ -3812,6 +4340,7 @@ class FallbackLLM:
         messages: Optional[Sequence[Json]] = None,
         timeout: Optional[float] = None,
         accept: Optional[Accept] = None,
+        extra_body: Optional[Json] = None,
         **parameters: Any,
     ) -> Answer:
         """The answer and how it came about.
@@ -3819,15 +4348,16 @@ class FallbackLLM:
         provider: a name or several ("groq,openrouter" or a list), asked in this order. model: the
         only model to ask, also as "provider:model". system: the system prompt. messages: a
         conversation, which the question continues. timeout: seconds for the whole question.
-        accept: a function of the text; if it returns something false or raises ValueError, the
-        next model is asked. parameters: any others of the chat completions API, such as
-        temperature. Raises ValueError and NoProviderError (nothing was sent), AllProvidersFailed
-        and AnswerRefused.
+        accept: a function of the text; if it returns something false or raises ValueError,
+        LookupError or TypeError, the next model is asked. parameters: those of the chat
+        completions API, such as temperature. extra_body: what else the request shall hold.
+        Raises ValueError and NoProviderError (nothing was sent), AllProvidersFailed and
+        AnswerRefused.
         """
-        checked = self._question(
-            question, max_tokens, provider, model, system, messages, timeout, accept, parameters
+        asked = Question(
+            question, max_tokens, provider, model, system, messages, timeout, accept, extra_body
         )
-        return self._complete(checked)
+        return self._complete(asked.updated(parameters))
 
     def stream(
         self,
@@ -3839,19 +4369,22 @@ class FallbackLLM:
         system: Optional[str] = None,
         messages: Optional[Sequence[Json]] = None,
         timeout: Optional[float] = None,
+        extra_body: Optional[Json] = None,
         **parameters: Any,
-    ) -> Generator[str, None, Answer]:
-        """The text, piece by piece as it comes; the generator returns the Answer.
+    ) -> Stream:
+        """The text, piece by piece as it comes; at its end, the stream's `answer` is the Answer.
 
-        Arguments and errors are those of `complete`. Text already yielded cannot be taken
-        back, so a failure after the first piece raises StreamInterrupted, and there is no `accept`.
+        Arguments and errors are those of `complete`. Nothing is sent before the first piece is
+        asked for. Text already yielded cannot be taken back, so a failure after the first piece
+        raises StreamInterrupted, and there is no `accept`.
         """
         if "accept" in parameters:
             raise ValueError("accept is not for stream(): its text cannot be taken back")
-        checked = self._question(
-            question, max_tokens, provider, model, system, messages, timeout, None, parameters
+        asked = Question(
+            question, max_tokens, provider, model, system, messages, timeout, None, extra_body
         )
-        return Walk(checked, True, self._parts, self.retry_config).run()
+        walk = self._walk(asked.updated(parameters), threading.Event(), is_live=True)
+        return Stream(walk.run())
 
     def ask_many(
         self,
@@ -3865,140 +4398,738 @@ class FallbackLLM:
         messages: Optional[Sequence[Json]] = None,
         timeout: Optional[float] = None,
         accept: Optional[Accept] = None,
+        extra_body: Optional[Json] = None,
         **parameters: Any,
-    ) -> Iterator[Union[Answer, FallbackLLMError, ValueError]]:
+    ) -> Iterator[Outcome]:
         """Lazily yield an Answer, or the error in its place, for each question, in order.
 
         questions: texts, or dicts of arguments of `complete`, which win over those given here.
+        Nothing is asked before the first answer is asked for. Raises ValueError.
         """
-        check_number("max_workers", max_workers)
-        if isinstance(questions, str):
-            raise ValueError("questions must be several, such as [question]")
-        if provider is not None and not isinstance(provider, str):
-            provider = list(provider)
-        common = dict(
-            parameters,
-            max_tokens=max_tokens,
-            provider=provider,
-            model=model,
-            system=system,
-            messages=messages,
-            timeout=timeout,
-            accept=accept,
+        workers = int(check_number("max_workers", max_workers))
+        if isinstance(questions, (str, bytes, Mapping)) or not isinstance(questions, Iterable):
+            raise ValueError(f"questions must be several, in a list, not {quoted(questions)}")
+        asked = Question(
+            "?", max_tokens, provider, model, system, messages, timeout, accept, extra_body
         )
+        common = dataclasses.replace(asked.updated(parameters), question=None)
         with contextlib.suppress(NoProviderError):
-            self._question_from({**common, "question": "is all else right?"})
-        return self._answers(questions, max_workers, common)
+            self._roster.candidates(common.provider, common.model)
+        return self._answers(questions, workers, common)
+
+    def validate(self, **arguments: Any) -> None:
+        """Raise the ValueError or NoProviderError that `complete` would raise. Sends nothing."""
+        question = Question().updated(arguments)
+        self._roster.candidates(question.provider, question.model)
+
+    def check(
+        self, provider: Names = None, timeout: Optional[float] = None
+    ) -> Iterator[CheckReport]:
+        """Check keys and models, of all accounts at the same time; it costs no tokens.
+
+        Yields each report as it is known. timeout: seconds for all of them together.
+        """
+        accounts = self._roster.accounts(provider)
+        deadline = self._parts.clock() + (CHECK_TIMEOUT if timeout is None else timeout)
+        pool = Workers(lambda account: self._check(account, deadline), len(accounts))
+        for number, account in enumerate(accounts):
+            pool.submit(number, account)
+        try:
+            for _ in accounts:
+                yield pool.next_result()[1]
+        finally:
+            pool.stop()
+
+    def list_models(
+        self, provider: Names = None, timeout: Optional[float] = None
+    ) -> List[ModelList]:
+        """The models that these providers serve: those that are asked first, in their order."""
+        lists = []
+        for row in self._roster.rows(provider):
+            deadline = self._parts.clock() + (CHECK_TIMEOUT if timeout is None else timeout)
+            account = self._roster.accounts(row.name)[0]
+            asked = list(self._roster.models_of(row))
+            served: List[str] = []
+            problem = account.problem
+            try:
+                if not problem:
+                    entries = self._parts.served(account, deadline)
+                    served = [e["id"] for e in entries if is_chat_model(e, row.free_only)]
+                    kind = "free model" if row.free_only else "chat model"
+                    problem = "" if served else f"there is no {kind} in its own list"
+            except Failure as failure:
+                problem = failure.summary or failure.reason
+            models = [model for model in asked if model in served or not served]
+            models.extend(model for model in served if model not in asked)
+            lists.append(ModelList(row.name, models, asked, problem))
+        return lists
 
     def get_stats(self) -> Dict[str, int]:
         """Counts since the last reset. A request is a question; a 429 reply is rate-limited."""
-        return self._parts.statistics.totals()
+        return self._parts.health.counts()
 
     def reset_stats(self) -> None:
         """Set all counts to zero."""
-        self._parts.statistics.reset()
+        self._parts.health.reset_counts()
 
-    def _question(
-        self,
-        question: Optional[str],
-        max_tokens: int,
-        provider: Names,
-        model: Optional[str],
-        system: Optional[str],
-        messages: Optional[Sequence[Json]],
-        timeout: Optional[float],
-        accept: Optional[Accept],
-        parameters: Json,
-    ) -> Question:
-        """The question, checked. Raises ValueError, and NoProviderError."""
-        check_parameter_names(parameters)
-        if accept is not None and not callable(accept):
-            raise ValueError(f"accept must be a function of the text, not {accept!r:.60}")
-        fields = {name: value for name, value in parameters.items() if value is not None}
-        if "max_completion_tokens" not in fields:
-            check_number("max_tokens", max_tokens)
-            fields["max_tokens"] = max_tokens
-        if "temperature" in fields:
-            check_number("temperature", fields["temperature"])
-        if timeout is not None:
-            check_number("timeout", timeout)
-
-        fields["messages"] = conversation(question, system, messages)
-        fields["stream"] = True
-        # Other servers than the three send the usage of a stream only when they are asked to.
-        fields.setdefault("stream_options", {"include_usage": True})
-        if isinstance(provider, Iterator):
-            provider = list(provider)
-        candidates = self._parts.roster.candidates(provider, model)
-        if parameters or messages:
-            request_body(fields, "", {})  # ValueError for what JSON cannot carry
-        limit = self._timeout if timeout is None else timeout
-        return Question(fields, candidates, limit, accept, has_chosen_model=model is not None)
-
-    def _question_from(self, arguments: Json) -> Question:
-        """The question with these arguments of `complete`."""
-        parameters = dict(arguments)
-        known: Json = {}
-        for name, default in ARGUMENTS.items():
-            known[name] = parameters.pop(name, default)
-        return self._question(parameters=parameters, **known)
-
-    def _answers(
-        self, questions: Iterable[Union[str, Json]], max_workers: int, common: Json
-    ) -> Iterator[Union[Answer, FallbackLLMError, ValueError]]:
-        """The results of `ask_many`."""
-        cancelled = threading.Event()
-
-        def answer(asked: Union[str, Json]) -> Union[Answer, FallbackLLMError, ValueError]:
-            arguments = asked if isinstance(asked, dict) else {"question": asked}
-            return self._result({**common, **arguments}, cancelled)
-
+    def _check(self, account: Account, deadline: float) -> CheckReport:
+        """Whether a key is accepted, and which of the listed models are served."""
+        if account.problem:
+            return CheckReport(account.label, "missing", reason=account.problem)
+        row = self._roster.all_rows[account.provider]
+        started = self._parts.clock()
+        report = CheckReport(account.label)
         try:
-            yield from work_through(answer, questions, max_workers, ahead=4)
-        finally:
-            cancelled.set()  # those that are under way do not go on
+            if row.key_path != "/models":
+                key = self._roster.key(account)
+                self._parts.transport.get(row, row.key_path, key, deadline)
+            served = [entry["id"] for entry in self._parts.served(account, deadline)]
+            for model in self._roster.models_of(row):
+                (report.served if model in served else report.not_served).append(model)
+        except Failure as failure:
+            state = "refused" if failure.verdict is Verdict.DENIED else "not checked"
+            report = CheckReport(account.label, state, reason=failure.summary or failure.reason)
+        return dataclasses.replace(report, seconds=round(self._parts.clock() - started, 3))
 
-    def _result(
-        self, arguments: Json, cancelled: threading.Event
-    ) -> Union[Answer, FallbackLLMError, ValueError]:
-        """The answer to a question with these arguments, or its error."""
-        try:
-            question = self._question_from(arguments)
-            question.cancelled = cancelled
-            return self._complete(question)
-        except (FallbackLLMError, ValueError) as error:
-            return error
+    def _walk(self, question: Question, cancelled: threading.Event, is_live: bool = False) -> Walk:
+        """The walk of a checked question. Raises ValueError, and NoProviderError."""
+        self.retry_config.validate()
+        candidates = self._roster.candidates(question.provider, question.model)
+        timeout = question.timeout
+        if timeout is None:
+            timeout = self.timeout
+        return Walk(
+            question,
+            candidates,
+            self._parts,
+            self.retry_config,
+            math.inf if timeout is None else timeout,
+            self.idle_timeout,
+            cancelled,
+            is_live,
+        )
 
-    def _complete(self, question: Question) -> Answer:
+    def _complete(self, question: Question, cancelled: Optional[threading.Event] = None) -> Answer:
         """The answer to a checked question."""
-        walk = Walk(question, False, self._parts, self.retry_config).run()
+        walk = self._walk(question, cancelled or threading.Event()).run()
         try:
             while True:
                 next(walk)
         except StopIteration as end:
             return cast(Answer, end.value)
 
+    def _answers(
+        self, questions: Iterable[Union[str, Json]], workers: int, common: Question
+    ) -> Iterator[Outcome]:
+        """The results of `ask_many`."""
+        cancelled = threading.Event()
 
-# --- 9. Command line ----------------------------------------------------------------------------
+        def answer(asked: Union[str, Json]) -> Outcome:
+            arguments = asked if isinstance(asked, dict) else {"question": asked}
+            try:
+                return self._complete(common.updated(arguments), cancelled)
+            except (FallbackLLMError, ValueError) as error:
+                return error
+
+        try:
+            yield from work_through(answer, questions, workers, ahead=4)
+        finally:
+            cancelled.set()  # those that are under way do not go on
+
+
+# --- 9. Batch: many questions from a file to a file ---------------------------------------------
+
+BATCH_AHEAD = 100  # questions that each worker may be ahead of a slow one
+PROGRESS_PAUSE = 10.0  # seconds between two lines of progress outside a terminal
+REDRAW_PAUSE = 0.5  # seconds between two of a terminal
+COMMON_REASONS = 3  # reasons of failed questions that are told at the end
+MOST_BAD_LINES = 10  # that are told of
+RECORD_START = b'{"id":'
+AROUND_A_LINE = b"\xef\xbb\xbf\0 \t\r\n"  # a byte order mark; NULs, which a crash may leave
+FENCE = re.compile("^[ \t]*```.*$", re.MULTILINE)
+QUESTION_ID: contextvars.ContextVar[str] = contextvars.ContextVar("QUESTION_ID", default="")
+# Not taken for columns of a data set: the library says why they are no arguments.
+NEVER_COLUMNS = ("stream", "n", "tools", "api_key", "max_attempts", "idle_timeout")
+
+LineId = Union[str, int]
+Digests = Tuple[Optional[str], Optional[str]]  # of the line and of the flags; None: not told
+
+
+class Line(NamedTuple):
+    """A question of a batch."""
+
+    number: int  # in the file
+    id: LineId
+    arguments: Json  # of `complete`
+    fields: Json  # other columns, which come back with the answer
+    digest: str  # identifies what the line says, but for its id
+
+
+@dataclasses.dataclass
+class BatchJob:
+    """What a batch has to do, and where to tell of it."""
+
+    questions: str  # a path; "-" is stdin
+    output: Optional[str]  # a path; None: the answers go to `put`
+    arguments: Json  # of `complete`, for lines that do not give their own
+    expects_json: bool
+    workers: int
+    is_quiet: bool
+    put: Callable[[Json], None]
+    say: Callable[[str], None]
+    redraw: Optional[Callable[[str], None]]  # replaces the last line of a terminal
+    ended: threading.Event  # set at the end: questions under way do not go on
+
+
+class BatchEnded(Exception):
+    """Ends a question that still waits when its batch has ended."""
+
+
+def sleep_in_batch(ended: threading.Event, seconds: float) -> None:
+    """Wait between two attempts. Raises BatchEnded if the batch ends first."""
+    if ended.wait(seconds):
+        raise BatchEnded
+
+
+class Batch:
+    """Asks the questions of a file that have no answer yet, and writes each answer as it comes."""
+
+    def __init__(self, llm: FallbackLLM, job: BatchJob) -> None:
+        self._llm = llm
+        self._job = job
+        self._flags = digest_of({**job.arguments, "expect_json": job.expects_json})
+        self._common = dict(job.arguments)
+        if job.expects_json:
+            self._common["accept"] = is_json
+        self._output: Optional[Output] = None
+        self._put = job.put
+        self._lock = threading.Lock()  # of all that follows
+        self._counts: Dict[str, int] = collections.Counter()  # answers by provider
+        self._reasons: Dict[str, int] = collections.Counter()  # of failed questions
+        self._before = 0  # answers of earlier runs
+        self._total = 0
+        self._started = time.monotonic()
+        self._told_at = self._started
+
+    def run(self) -> int:
+        """Ask them all; 0 if now all have an answer."""
+        lines = self._checked_lines()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._job.ended.set)
+            if self._job.output is not None:
+                self._output = Output(self._job.output, self._job.questions, self._warn)
+                stack.callback(self._output.close)
+                self._put = self._output.write
+                lines = self._unanswered(lines, self._output)
+                self._output.tidy()
+            self._total = len(lines)
+            if not lines and not self._before:
+                self._warn(f"{self._job.questions} holds no question")
+            try:
+                for _ in work_through(self._ask, lines, self._job.workers, BATCH_AHEAD):
+                    pass
+                if self._output is not None:
+                    self._output.keep_place()
+            except KeyboardInterrupt:
+                self._tell_interruption()
+                raise
+        return self._tell_end()
+
+    def _checked_lines(self) -> List[Line]:
+        """The questions, read once and checked. Raises ValueError that tells of all bad lines."""
+        path = self._job.questions
+        text = read_text("--batch", path)
+        self._llm.validate(**{**self._common, "question": "is all else right?"})
+        lines: List[Line] = []
+        problems = []
+        seen: Set[LineId] = set()
+        # Not splitlines(): it would also split at characters that JSON may hold.
+        for number, words in enumerate(text.split("\n"), 1):
+            if not words.strip():
+                continue
+            try:
+                line = read_line(number, words.strip())
+                if line.id in seen:
+                    raise ValueError(f"duplicate id {line.id!r:.60}")
+                seen.add(line.id)
+                self._llm.validate(**{**self._common, **line.arguments})
+            except (ValueError, TypeError, RecursionError, NoProviderError) as error:
+                problems.append(f"line {number}: {error}")
+            else:
+                lines.append(line)
+        raise_problems(f"--batch {path}", problems)
+        return lines
+
+    def _unanswered(self, lines: Sequence[Line], output: Output) -> List[Line]:
+        """The lines that the output has no answer to. Raises ValueError if a line was changed."""
+        answers = output.answers()
+        self._before = len(answers)
+        problems = []
+        left = []
+        for line in lines:
+            if line.id not in answers:
+                left.append(line)
+            elif answers[line.id][0] not in (None, line.digest):
+                problems.append(
+                    f"line {line.number}: it differs from the question answered as id {line.id} "
+                    f"in {output.path}; use another -o, or give ids"
+                )
+        raise_problems(f"--batch {self._job.questions}", problems)
+
+        flags = [digest for _, digest in answers.values()]
+        others = len(flags) - flags.count(self._flags) - flags.count(None)
+        if others:
+            self._warn(
+                f"{others} answers in {output.path} were given with other flags "
+                "(such as -m or -s) and are kept; use another -o to ask again"
+            )
+        return left
+
+    def _ask(self, line: Line) -> None:
+        """Ask a question and write its line. Runs in many threads."""
+        if self._job.ended.is_set():
+            return
+        QUESTION_ID.set(str(line.id))
+        result: Union[Answer, FallbackLLMError, ValueError]
+        try:
+            result = self._llm.complete(**{**self._common, **line.arguments})
+        except (FallbackLLMError, ValueError) as error:
+            result = error
+        record = report_of(result, self._job.expects_json, **self._heading(line))
+
+        with self._lock:
+            if self._job.ended.is_set():
+                return
+            try:
+                self._put(record)
+            except BaseException:
+                self._job.ended.set()  # do not pay for answers that cannot be saved
+                raise
+            if isinstance(result, Answer):
+                self._counts[result.provider] += 1
+            else:
+                self._reasons[short_reason(result)] += 1
+            self._tell_progress()
+
+    def _heading(self, line: Line) -> Json:
+        """What a record says of its question."""
+        heading: Json = {"id": line.id}
+        for name in ("question", "messages"):
+            if name in line.arguments:
+                heading[name] = line.arguments[name]
+        if line.fields:
+            heading["fields"] = line.fields
+        heading["line_digest"] = line.digest
+        heading["flags_digest"] = self._flags
+        return heading
+
+    def _warn(self, text: str) -> None:
+        """Say what may be a mistake."""
+        if not self._job.is_quiet:
+            self._job.say(f"⚠️  {text}")
+
+    def _tell_progress(self) -> None:
+        """Done, failed, speed, time left, who answers, who is rate-limited."""
+        now = time.monotonic()
+        pause = PROGRESS_PAUSE
+        tell = self._job.say
+        if self._job.redraw is not None:
+            pause = REDRAW_PAUSE
+            tell = self._job.redraw
+        if self._job.is_quiet or now - self._told_at < pause:
+            return
+        self._told_at = now
+
+        passed = now - self._started
+        failed = sum(self._reasons.values())
+        done = failed + sum(self._counts.values())
+        left = duration_words((self._total - done) / done * passed)
+        speed = f"{done / passed:.1f}/s"
+        parts = [f"{done}/{self._total} done, {failed} failed, {speed}, {left} left"]
+        if self._counts:
+            counts = sorted(self._counts.items())
+            parts.append(", ".join(f"{name} {count}" for name, count in counts))
+        for name, health in self._llm.provider_health.items():
+            if health.status is ProviderStatus.RATE_LIMITED:
+                seconds = max(0.0, health.rate_limit_reset_time - time.time())
+                parts.append(f"{name} rate-limited for {duration_words(seconds)}")
+        tell("; ".join(parts))
+
+    def _tell_end(self) -> int:
+        """The sum; the exit code."""
+        failed = sum(self._reasons.values())
+        if failed or not self._job.is_quiet:
+            words = f"{sum(self._counts.values())} answered, {failed} failed"
+            if self._before:
+                words += f", {self._before} answered before"
+            self._job.say(words)
+        reasons = sorted(self._reasons.items(), key=lambda pair: -pair[1])
+        for reason, count in reasons[:COMMON_REASONS]:
+            self._job.say(f"   {count} x {reason}")
+        if failed and self._output is not None:
+            self._job.say("   Run the same command again to ask the failed ones again.")
+        return 1 if failed else 0
+
+    def _tell_interruption(self) -> None:
+        """Say how many answers there are, and how to resume."""
+        self._job.ended.set()
+        if self._output is None:
+            count = sum(self._counts.values())
+            self._job.say(f"\n{answers_are(count)} written to stdout.")
+        else:
+            self._job.say(f"\n{self._output.saved_words()}.")
+
+
+class Output:
+    """The file of a batch's answers: a line of JSON for each id, written by one run at a time.
+
+    That it is removed or replaced meanwhile is noticed at the next write.
+    """
+
+    def __init__(self, path: str, questions: str, warn: Callable[[str], None]) -> None:
+        self.path = path
+        self._warn = warn
+        self._saved = 0  # answers in it
+        self._is_lockable = True
+        if os.path.realpath(questions) == os.path.realpath(path):
+            raise self._refusal("these are the questions")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise self._refusal("not a regular file; leave -o out to write to stdout")
+        try:
+            self._file = self._opened()
+        except OSError as error:
+            raise self._refusal(reason_of(error)) from None
+        self._size = os.fstat(self._file.fileno()).st_size  # at least, if nobody else writes
+
+    def close(self) -> None:
+        """Give the file free for other runs."""
+        with contextlib.suppress(OSError):  # what could not be written was told
+            self._file.close()
+
+    def answers(self) -> Dict[LineId, Digests]:
+        """The digests of what earlier runs have answered. Raises ValueError for another file."""
+        found: Dict[LineId, Digests] = {}
+        for _, record in self._answer_lines():
+            found[record["id"]] = (record.get("line_digest"), record.get("flags_digest"))
+        self._saved = len(found)
+        return found
+
+    def tidy(self) -> None:
+        """Take out failed, torn and repeated lines; an output without any is left as it is."""
+        size = sum(len(line) for line, _ in self._answer_lines())
+        if size == self._size:
+            return
+
+        import tempfile
+
+        path = os.path.realpath(self.path)
+        try:
+            descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".answers-")
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.writelines(line for line, _ in self._answer_lines())
+                with contextlib.suppress(OSError):  # some network drives have no modes
+                    os.chmod(temporary, os.stat(path).st_mode & 0o777)
+                self._file.close()  # Windows replaces no open file
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+            self._file = self._opened()
+        except OSError as error:
+            raise self._trouble(error) from None
+        self._size = size
+
+    def write(self, record: Json) -> None:
+        """Add a record. Raises OSError that says what is saved, and how to resume."""
+        data = json_line(record).encode()
+        self.keep_place()
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            raise self._trouble(error) from None
+        self._size += len(data)
+        if record["error"] is None:
+            self._saved += 1
+
+    def keep_place(self) -> None:
+        """See to it that all that was written is in the file of this name. Raises OSError."""
+        here = os.fstat(self._file.fileno())
+        reason = ""
+        try:
+            if not os.path.exists(self.path):
+                self._write_again()
+            elif not os.path.samestat(here, os.stat(self.path)):
+                reason = "was replaced by another file"
+            elif here.st_size < self._size:
+                reason = "was cut by another program"
+        except (OSError, ValueError) as error:
+            reason = f"was removed, and cannot be written again ({reason_of(error)})"
+        if reason:
+            count = answers_are(self._saved)
+            advice = "run the same command again to ask what it lacks"
+            raise OSError(f"{self.path} {reason}: {count} perhaps lost; {advice}")
+
+    def _write_again(self) -> None:
+        """Make the file anew, with all that was in it: a removed file can be read while open."""
+        with self._file as removed:
+            self._file = self._opened()
+            removed.seek(0)
+            self._file.writelines(removed)
+            self._file.flush()
+        self._warn(f"{self.path} was removed during the batch, and is written again")
+
+    def _opened(self) -> IO[bytes]:
+        """The file, locked, to be read and added to. Raises ValueError if another run has it."""
+        file = open(self.path, "ab+")  # noqa: SIM115 - close() closes it
+        try:
+            self._lock(file)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                raise BlockingIOError
+        except BlockingIOError:
+            file.close()
+            raise self._refusal("another run is writing to it") from None
+        return file
+
+    def _lock(self, file: IO[bytes]) -> None:
+        """Take the file for this process alone. Raises BlockingIOError if another run has it."""
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows has none
+            pass
+        except BlockingIOError:
+            raise
+        except OSError as error:  # some network drives have no locks
+            if self._is_lockable:
+                reason = reason_of(error)
+                self._warn(f"{self.path} cannot be locked ({reason}): do not start a second run")
+            self._is_lockable = False
+
+    def _answer_lines(self) -> Iterator[Tuple[bytes, Json]]:
+        """The lines that hold an answer, as they should be; the first for each id."""
+        seen: Set[LineId] = set()
+        self._file.seek(0)
+        for data in self._file:
+            line = data.strip(AROUND_A_LINE)
+            if not line.startswith(RECORD_START) and not RECORD_START.startswith(line):
+                raise self._refusal("not a file of answers, left as it is")
+            record = parsed(line)  # what was torn is no JSON
+            if not isinstance(record, dict) or "answer" not in record:
+                continue
+            is_new = isinstance(record["id"], (str, int)) and record["id"] not in seen
+            if is_new and record.get("error") is None:
+                seen.add(record["id"])
+                yield line + b"\n", record
+
+    def _refusal(self, reason: str) -> ValueError:
+        """The error of an output that cannot be used."""
+        return ValueError(f"--output {self.path}: {reason}")
+
+    def _trouble(self, error: OSError) -> OSError:
+        """The error of an output that takes nothing more."""
+        return OSError(error.errno, f"{self.path}: {reason_of(error)}; {self.saved_words()}")
+
+    def saved_words(self) -> str:
+        """How many answers there are, and how to get the others."""
+        words = f"{answers_are(self._saved)} saved in {self.path}"
+        return f"{words}; run the same command again to resume"
+
+
+def answers_are(count: int) -> str:
+    """The beginning of a sentence about so many answers."""
+    if count == 1:
+        return "1 answer is"
+    return f"{count} answers are"
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be used."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def raise_problems(what: str, problems: Sequence[str]) -> None:
+    """Raise ValueError if there are any, with the first ones."""
+    if len(problems) == 1:
+        raise ValueError(f"{what}: {problems[0]}")
+    if problems:
+        told = [f"{what}: {len(problems)} bad lines", *problems[:MOST_BAD_LINES]]
+        if len(problems) > MOST_BAD_LINES:
+            told.append(f"and {len(problems) - MOST_BAD_LINES} more")
+        raise ValueError("\n   ".join(told))
+
+
+def read_text(flag: str, path: str, is_lenient: bool = False) -> str:
+    """The text of a file, of stdin for "-"; a lenient reader drops NULs. Raises ValueError."""
+    is_stdin = path == "-"
+    try:
+        with open(0 if is_stdin else path, "rb", closefd=not is_stdin) as file:
+            data = file.read()
+        try:
+            return decoded(data)
+        except ValueError:
+            if not is_lenient:
+                raise
+            return decoded(data.replace(b"\0", b""))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {path}: {reason_of(error)}") from None
+
+
+def read_line(number: int, text: str) -> Line:
+    """A line of a batch: a text, a JSON string or a JSON object. Raises ValueError."""
+    said = said_in(text)
+    line_id = said.pop("id", None)
+    columns = said
+    if "custom_id" in said and isinstance(said.get("body"), dict):  # OpenAI's batch form
+        line_id = said["custom_id"]
+        columns = said["body"]
+        url = said.get("url")
+        if url is not None and not str(url).endswith("/chat/completions"):
+            raise ValueError(f"url must be /v1/chat/completions, not {url!r:.60}")
+
+    digest = digest_of(columns)
+    arguments = {name: value for name, value in columns.items() if value is not None}
+    if "question" not in arguments and "messages" not in arguments:
+        names = ", ".join(repr(name) for name in arguments) or "no other field"
+        raise ValueError(f'a "question" or "messages" is missing (there is {names})')
+    fields = {}
+    if columns is said:
+        others = [name for name in arguments if not is_argument(name, arguments)]
+        fields = {name: arguments.pop(name) for name in others}
+    return Line(number, id_of(line_id, number), arguments, fields, digest)
+
+
+def said_in(text: str) -> Json:
+    """What a line says, as an object. Raises ValueError."""
+    if text.startswith("{"):
+        said: Json = json.loads(text, parse_constant=lambda name: None)  # NaN is for gaps
+        return said
+    value = parsed(text.encode()) if text.startswith('"') else None
+    return {"question": value if isinstance(value, str) else text}
+
+
+def id_of(value: object, number: int) -> LineId:
+    """The id that a line gives, or else its number. Raises ValueError."""
+    if value is None:
+        return number
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # 3.0, as pandas writes a column with gaps
+    if isinstance(value, (str, int)) and not isinstance(value, bool):
+        return value
+    raise ValueError(f"id must be a text or a whole number, not {value!r:.60}")
+
+
+def is_argument(name: str, given: Json) -> bool:
+    """Whether a column is one of `complete`'s arguments, or may be a misspelt one."""
+    import difflib
+    import inspect
+
+    if name in PARAMETERS or name in NEVER_COLUMNS:
+        return True
+    arguments = inspect.signature(FallbackLLM.complete).parameters
+    near = difflib.get_close_matches(name, [*arguments, "temperature"], 1, 0.8)
+    if near and near[0] not in given:
+        raise ValueError(f"unknown field {name!r}: did you mean {near[0]!r}?")
+    return False
+
+
+def digest_of(fields: Json) -> str:
+    """A short text that differs for different fields."""
+    import hashlib
+
+    text = json.dumps(fields, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def short_reason(error: Exception) -> str:
+    """Why a question failed, without what differs from question to question."""
+    attempts = getattr(error, "attempts", ())
+    if attempts:
+        last = attempts[-1]
+        return f"{last.provider}: {last.reason[:100]}"
+    return str(error).split("\n")[0][:100]
+
+
+def report_of(
+    result: Union[Answer, FallbackLLMError, ValueError], expects_json: bool, **first: Any
+) -> Json:
+    """What a batch and --json tell of a question."""
+    report: Json = dict(first, answer=None, error=None)
+    if isinstance(result, Answer):
+        report["answer"] = json_inside(result.text) if expects_json else result.text
+    else:
+        report["error"] = str(result)
+    for name in ("provider", "model", "finish_reason", "usage", "retry_after"):
+        report[name] = getattr(result, name, None) or None
+
+    trail = [attempt.to_dict() for attempt in getattr(result, "attempts", ())]
+    report["attempts"] = trail
+    elapsed = sum(attempt["waited"] + attempt["elapsed"] for attempt in trail)
+    report["elapsed_seconds"] = round(elapsed, 3)
+    return report
+
+
+def json_line(value: object) -> str:
+    """The value as a line of JSON that neither a terminal nor an encoder stumbles over."""
+    line = json.dumps(value, ensure_ascii=False)
+    odd = "[\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    return re.sub(odd, lambda match: f"\\u{ord(match.group()):04x}", line) + "\n"
+
+
+def without_fence(text: str) -> str:
+    """What stands in the only Markdown fence of a text; all of it if there are none or several."""
+    parts = FENCE.split(text)
+    if len(parts) == 3:
+        return parts[1].strip()
+    return text
+
+
+def json_inside(text: str) -> Any:
+    """The JSON value of an answer, or of the only fence in it. Raises ValueError."""
+    value = json.loads(without_fence(text))
+    json.dumps(value, allow_nan=False)  # NaN and 1e999 are no JSON
+    return value
+
+
+def is_json(text: str) -> bool:
+    """Whether an answer is JSON; for `accept`."""
+    try:
+        json_inside(text)
+    except RecursionError:
+        return False
+    return True
+
+
+# --- 10. Command line ---------------------------------------------------------------------------
 
 # What a terminal would obey: control characters, but not tab and newline.
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 PLAIN_WORDS = (("❌ Error", "Error"), ("❌ ", "Error: "), ("⚠️  ", "Warning: "), ("→", "->"))
 EMOJI = re.compile("[🚀✅❓🤔⏳🔄🎯💡⏱📊🔑🔎✂]\ufe0f? +")
 PUT_SIZE = 4096  # characters; one big write to a pipe may not notice that its reader has gone
+ERASE_LINE = "\r\x1b[K"
+ERASE_BELOW = "\x1b[J"
+WIDEST = 80  # columns of the help and of tables
+OPTIONS_VARIABLE = "FALLBACK_LLM_OPTS"
+# The names of parameters in messages; some are plain words unless a message begins with them.
+PARAMETER_NAMES = re.compile(
+    r"(?<![-\w])(max_tokens|max_attempts|(idle_)?timeout|(max|base)_delay)\b"
+    r"|(^|(?<=without ))(provider|model|system|temperature)\b"
+)
 ENDINGS = """\
-keys: CEREBRAS_API_KEY, GROQ_API_KEY or OPENROUTER_API_KEY; one is enough. They
-are read from the environment and from .env files: in the current folder, beside
+keys: CEREBRAS_API_KEY, GROQ_API_KEY or OPENROUTER_API_KEY; one is enough. They \
+are read from the environment and from .env files: in the current folder, beside \
 this file and in ~/.config/fallback_llm.
-GROQ_MODELS=a,b replaces a model list, GROQ_BASE_URL (not in .env) an address.
+GROQ_MODELS=a,b replaces a model list, GROQ_BASE_URL (not in .env) an address. \
+FALLBACK_LLM_OPTS="-q --provider groq" sets options for every run.
+Control characters, which a terminal would obey, are removed from answers; \
+--json keeps them, escaped.
 In a shell loop that reads lines, use --no-stdin or, better, --batch.
-exit codes: 0 answered (--check: a provider can answer), 1 no answer, 2 wrong
+exit codes: 0 answered (--check: a provider can answer), 1 no answer, 2 wrong \
 usage (nothing sent), 130 interrupted, 141 broken pipe
 https://github.com/example/fallback-llm"""
-
-
-class UsageError(ValueError):
-    """The command line is wrong; nothing was sent."""
 
 
 class Console:
@@ -4011,25 +5142,39 @@ class Console:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
-        self.has_terminal = is_terminal(sys.stderr)
-        self._is_plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+        is_dumb = os.environ.get("TERM") == "dumb"
+        can_erase = os.name != "nt" or "WT_SESSION" in os.environ  # not in an old console
+        self.can_redraw = is_terminal(sys.stderr) and can_erase and not is_dumb
+        self._is_plain = bool(os.environ.get("NO_COLOR")) or is_dumb
         self._is_plain = self._is_plain or not can_encode(sys.stderr, "🔄")
-        self._is_shared = self.has_terminal and is_terminal(sys.stdout)
+        self._is_shared = is_terminal(sys.stderr) and is_terminal(sys.stdout)
         self._has_open_line = False  # the answer's last line has no newline yet
-        self._drawn = 0  # columns of a line on the terminal that is to be replaced
+        self._drawn_width = 0  # of the terminal when a line was drawn that is to be replaced
 
-    def say(self, text: str, end: str = "\n") -> None:
+    def say(self, text: str) -> None:
         """Write a message to stderr, if there is one."""
         if self._has_open_line and self._is_shared:
             self.put("\n")
-        if self._drawn:
-            self._write("\r" + " " * self._drawn + "\r")
-            self._drawn = 0
         if self._is_plain:
             for sign, words in PLAIN_WORDS:
                 text = text.replace(sign, words)
             text = EMOJI.sub("", text)
-        self._write(text.translate(CONTROLS) + end)
+        start = ERASE_LINE if self._drawn_width else ""
+        self._drawn_width = 0
+        self._write(start + text.translate(CONTROLS) + "\n")
+
+    def redraw(self, text: str) -> None:
+        """Replace the last line of a terminal, for as long as the next message."""
+        if not self.can_redraw:
+            return
+        try:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+        except (OSError, ValueError, AttributeError):
+            width = WIDEST
+        # A terminal that became narrower has wrapped the line.
+        start = ERASE_LINE if width >= self._drawn_width else ERASE_LINE + ERASE_BELOW
+        self._write(start + text.translate(CONTROLS)[: width - 1] + "\r")
+        self._drawn_width = width
 
     def _write(self, text: str) -> None:
         """Write to stderr; give it up if that fails."""
@@ -4038,19 +5183,12 @@ class Console:
             sys.stderr.flush()
         except (OSError, ValueError, AttributeError):  # it is full, closed or None
             sys.stderr = cast(Any, None)
-            self.has_terminal = False
-
-    def redraw(self, text: str) -> None:
-        """Replace the last line of the terminal, for as long as the next message."""
-        try:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-        except (OSError, ValueError, AttributeError):
-            width = 79
-        self.say(text[:width], end="\r")
-        self._drawn = len(text[:width])
 
     def put(self, text: str) -> None:
         """Write a piece of the answer to stdout."""
+        if self._drawn_width and self._is_shared:
+            self._write(ERASE_LINE)
+            self._drawn_width = 0
         for start in range(0, len(text), PUT_SIZE):
             sys.stdout.write(text[start : start + PUT_SIZE])
             sys.stdout.flush()
@@ -4072,7 +5210,7 @@ class Console:
     def sleep(self, seconds: float) -> None:
         """Wait, and show on a terminal how long is left."""
         until = time.monotonic() + seconds
-        if self.has_terminal and not self._is_plain and seconds >= 2:
+        if self.can_redraw and seconds >= 2:
             while until - time.monotonic() > 1:
                 self.redraw(f"   {math.ceil(until - time.monotonic())} s left")
                 time.sleep(1)
@@ -4097,25 +5235,21 @@ def can_encode(stream: Optional[IO[str]], text: str) -> bool:
     return True
 
 
-def json_line(value: object) -> str:
-    """The value as a line of JSON that neither a terminal nor an encoder stumbles over."""
-    line = json.dumps(value, ensure_ascii=False)
-    odd = "[\x7f-\x9f\u2028\u2029\ud800-\udfff]"
-    return re.sub(odd, lambda match: f"\\u{ord(match.group()):04x}", line) + "\n"
-
-
 class ConsoleHandler(logging.Handler):
-    """Shows what the module logs."""
+    """Shows what the module logs, in a batch with the id of the question."""
 
     def __init__(self, console: Console, args: argparse.Namespace) -> None:
+        is_batch = args.batch is not None
+        level = logging.INFO
+        if args.quiet or is_batch:
+            level = logging.ERROR
+        if args.verbose:
+            level = logging.DEBUG
         super().__init__()
         self._console = console
         self._max_tokens = args.max_tokens
-        is_silent = args.quiet or (args.batch is not None and not args.verbose)
-        self._level = logging.ERROR if is_silent else logging.INFO
-        if args.verbose:
-            self._level = logging.DEBUG
-        self._shows_cuts = args.batch is None
+        self._shown_level = level
+        self._shows_cuts = not is_batch
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record that is important enough for the flags."""
@@ -4123,15 +5257,29 @@ class ConsoleHandler(logging.Handler):
         is_cut = message == ANSWER_CUT and self._shows_cuts
         if is_cut:
             message = message.replace("max_tokens", f"--max-tokens {self._max_tokens}")
-        if is_cut or record.levelno >= self._level:
-            self._console.say(message)
+        if not is_cut and record.levelno < self._shown_level:
+            return
+        question_id = QUESTION_ID.get()
+        if question_id:
+            message = "\n".join(f"[{question_id}] {line}" for line in message.split("\n"))
+        self._console.say(message)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """One line per option: "-f, --file PATH". Only Python 3.13 does so by itself."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=26, width=81)  # argparse leaves one column free
+        width = WIDEST
+        if is_terminal(sys.stdout):
+            import shutil
+
+            width = min(width, max(60, shutil.get_terminal_size().columns))
+        super().__init__(prog, max_help_position=26, width=width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:  # each line is a paragraph
+        import textwrap
+
+        return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = ", ".join(action.option_strings)
@@ -4141,12 +5289,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UsageError, with a suggestion, instead of exiting."""
+    """An argument parser that raises ValueError, with a suggestion, instead of exiting."""
 
-    def long_flags(self) -> List[str]:
-        """All flags that begin with --."""
-        names = [name for action in self._actions for name in action.option_strings]
-        return [name for name in names if name.startswith("--")]
+    color = False
 
     def exit(self, status: int = 0, message: Optional[str] = None) -> NoReturn:
         """End after --help or --version; a stdout that is full is noticed here."""
@@ -4155,24 +5300,40 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Suggest what may have been meant by an unknown flag."""
+        hint = ""
         if message.startswith("unrecognized arguments:"):
+            hint = " (put -- before a question that starts with -)"
             for word in re.findall(r" (-[^\s=]+)", message):
-                near = nearest_flag(word, self.long_flags())
+                near = self.nearest_flag(word)
                 if near:
-                    message += f" (did you mean {near}?)"
-            message += " (put -- before a question that starts with -)"
-        raise UsageError(message)
+                    hint = f" (did you mean {near}?)"
+        raise ValueError(message + hint)
 
+    def nearest_flag(self, word: str) -> str:
+        """The flag that a misspelt one is like, "" if none is."""
+        import difflib
 
-def nearest_flag(word: str, flags: Sequence[str]) -> str:
-    """The flag that a misspelt one is like, "" if none is."""
-    beginning = []
-    if len(word) > 2:
-        beginning = [flag for flag in flags if flag.startswith(word)]
-    near = beginning or difflib.get_close_matches(word, flags, 1, 0.75)
-    if near:
-        return near[0]
-    return ""
+        names = [name for action in self._actions for name in action.option_strings]
+        flags = [name for name in names if name.startswith("--")]
+        near = difflib.get_close_matches(word, flags, 1, 0.75)
+        if len(word) > 2:
+            near = [flag for flag in flags if flag.startswith(word)] or near
+        return near[0] if near else ""
+
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """The options that the words give. Raises ValueError."""
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            # argparse would read -model as -m odel.
+            name = word.partition("=")[0]
+            near = ""
+            if re.fullmatch(r"-[a-z][a-z-]{2,}", name):
+                near = self.nearest_flag(f"-{name}")
+            if near:
+                raise ValueError(f"unknown flag {name} (did you mean {near}?)")
+        # The intermixed parse takes flags anywhere, but it does not know "--".
+        if "--" in words:
+            return self.parse_args(words)
+        return self.parse_intermixed_args(words)
 
 
 def number(name: str) -> Callable[[str], float]:
@@ -4190,14 +5351,21 @@ def number(name: str) -> Callable[[str], float]:
     return read
 
 
+def path_of(text: str) -> str:
+    """The value of a flag that takes a file."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be the path of a file, not ''")
+    return text
+
+
 def make_parser(prog: str) -> Parser:
     """The options, with their help."""
     run = prog if prog == "fallback-llm" else f"python {prog}"
     examples = f"""\
 examples:
   {run} "What is the capital of France?"
-  cat error.log | {run} "explain this" --provider groq --stats
-  {run} --batch questions.txt -o answers.jsonl --workers 16
+  cat error.log | {run} "explain this"
+  {run} --batch questions.txt -o out.jsonl
 """
     parser = Parser(
         prog=prog,
@@ -4209,109 +5377,95 @@ examples:
         add_help=False,
         allow_abbrev=False,
     )
+    parser.color = False  # Python 3.14 would give the help colours
     parser.add_argument("question", nargs="*", help=argparse.SUPPRESS)
     group = parser.add_argument_group("options (a lone - reads the question from stdin)")
+    loudness = group.add_mutually_exclusive_group()
+    mode = group.add_mutually_exclusive_group()
     add = group.add_argument
 
     def add_number(flag: str, metavar: str, text: str, default: Optional[int] = None) -> None:
         read = number(flag[2:].replace("-", "_"))
         add(flag, metavar=metavar, type=read, default=default, help=text)
 
-    loudness = group.add_mutually_exclusive_group()
-    add(
-        "-f",
-        "--file",
-        metavar="PATH",
-        action="append",
-        help="prepend a file's contents (repeatable)",
-    )
+    text = "prepend a file's contents (repeatable)"
+    add("-f", "--file", metavar="PATH", type=path_of, action="append", help=text)
     add("-s", "--system", metavar="TEXT", help="system prompt")
     add("--provider", metavar="NAMES", help="providers to use, in order: groq,openrouter")
     add("-m", "--model", metavar="MODEL", help="use only this model; also PROVIDER:MODEL")
-    add_number(
-        "--max-tokens", "N", "maximum answer length, with reasoning (default: 500)", default=500
-    )
+    text = "maximum answer length, with reasoning (default: 500)"
+    add_number("--max-tokens", "N", text, default=500)
     add_number("--temperature", "T", "from 0 to 2 (default: the model's own)")
     add_number("--timeout", "SECONDS", "time limit for the whole question")
     add_number("--idle-timeout", "SECONDS", "give up on a model after this much silence")
     add_number("--max-attempts", "N", "maximum requests to one model (default: 5)")
     add_number("--base-delay", "SECONDS", "first wait, doubled each time (default: 2.0)")
     add_number("--max-delay", "SECONDS", "longest single wait (default: 60.0)")
-    add(
-        "--disable-jitter",
-        action="store_true",
-        help="do not shorten waits by up to a fifth at random",
-    )
+    text = "do not shorten waits by up to a fifth at random"
+    add("--disable-jitter", action="store_true", help=text)
     add("--no-wait", action="store_true", help="on a rate limit, try another model at once")
-    add("--stream", action="store_true", help="print the answer as it is written")
+    mode.add_argument("--stream", action="store_true", help="print the answer as it is written")
     add("--json", action="store_true", help="print one JSON object, also on failure")
     add("--expect-json", action="store_true", help="accept only an answer that is JSON")
     loudness.add_argument("-q", "--quiet", action="store_true", help="only errors on stderr")
     loudness.add_argument("-v", "--verbose", action="store_true", help="more on stderr")
     add("--stats", action="store_true", help="usage statistics on stderr")
     add("--no-stdin", action="store_true", help="do not read from a pipe")
-    add("--check", action="store_true", help="check keys and models; costs no tokens")
-    add("--list-models", action="store_true", help="print PROVIDER<tab>MODEL")
-    add("--batch", metavar="FILE", help="ask each line: text, or JSON with question, id ...")
-    add("-o", "--output", metavar="FILE", help="answers of a batch; run again to resume")
+    mode.add_argument("--check", action="store_true", help="check keys and models; costs no tokens")
+    mode.add_argument("--list-models", action="store_true", help="print PROVIDER<tab>MODEL")
+    text = "ask each line: text, or JSON with question, id ..."
+    mode.add_argument("--batch", metavar="FILE", type=path_of, help=text)
+    text = "answers of a batch; run again to resume"
+    add("-o", "--output", metavar="FILE", type=path_of, help=text)
     add_number("--workers", "N", "concurrent requests of a batch (default: 8)")
-    add(
-        "-V",
-        "--version",
-        action="version",
-        version=f"fallback_llm {__version__}",
-        help="print the version",
-    )
+    version = f"fallback_llm {__version__}"
+    add("-V", "--version", action="version", version=version, help="print the version")
     add("-h", "--help", action="help", help="print this help")
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options. Raises UsageError."""
+    """The options of FALLBACK_LLM_OPTS, then those given. Raises ValueError."""
     prog = ""
     if sys.argv:
         prog = os.path.basename(sys.argv[0])
     if not re.fullmatch(r"[\w.-]*fallback[\w.-]*", prog):
         prog = "fallback_llm.py"  # python - < fallback_llm.py
     parser = make_parser(prog)
-    words = joined_values(argv)
-    refuse_single_dashes(words, parser)
 
-    # The intermixed parse takes flags anywhere, but it does not know "--".
-    read = parser.parse_args if "--" in words else parser.parse_intermixed_args
-    args = read(words)
+    words: List[str] = []
+    variable = os.environ.get(OPTIONS_VARIABLE, "")
+    if variable:
+        import shlex
+
+        try:
+            words = shlex.split(variable)
+            parser.read(words)
+        except ValueError as error:
+            raise ValueError(f"{OPTIONS_VARIABLE}: {error}") from None
+    try:
+        args = parser.read([*words, *argv])
+        check_together(args)
+    except ValueError as error:
+        check_together(parser.read(argv))
+        raise ValueError(f"{OPTIONS_VARIABLE}: {error}") from None
     args.usage = short_usage(parser)
-    if args.output == "-":
-        args.output = None  # stdout, as without it
-    check_modes(args)
-    check_values(args)
     return args
 
 
-def check_modes(args: argparse.Namespace) -> None:
-    """Raise UsageError if more than one thing is to be done."""
-    modes = []
-    for name in ("check", "list_models", "batch"):
-        if getattr(args, name) not in (None, False):
-            modes.append(f"--{name.replace('_', '-')}")
-    if len(modes) > 1:
-        raise UsageError(f"{modes[1]} is not allowed with {modes[0]}")
-    if modes and (args.question or args.file):
-        raise UsageError(f"{modes[0]} takes no question")
-
-
-def check_values(args: argparse.Namespace) -> None:
-    """Raise UsageError for values that do not go together."""
-    is_batch = args.batch is not None
+def check_together(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not go together, which argparse does not know."""
+    modes = {"--check": args.check, "--list-models": args.list_models, "--batch": args.batch}
+    for flag, is_given in modes.items():
+        if is_given and (args.question or args.file):
+            raise ValueError(f"{flag} takes no question")
     for flag, value in (("--output", args.output), ("--workers", args.workers)):
-        if value is not None and not is_batch:
-            raise UsageError(f"{flag} needs --batch")
+        if value is not None and args.batch is None:
+            raise ValueError(f"{flag} needs --batch")
+    if args.stream and args.json:
+        raise ValueError("--json is not allowed with --stream: it prints a whole answer")
     if args.stream and args.expect_json:
-        raise UsageError("--expect-json is not allowed with --stream: text cannot be taken back")
-    both_delays = args.base_delay is not None and args.max_delay is not None
-    if both_delays and args.max_delay < args.base_delay:
-        low, high = number_of(args.max_delay), number_of(args.base_delay)
-        raise UsageError(f"--max-delay ({low}) is below --base-delay ({high})")
+        raise ValueError("--expect-json is not allowed with --stream: text cannot be taken back")
 
 
 def short_usage(parser: Parser) -> str:
@@ -4320,33 +5474,7 @@ def short_usage(parser: Parser) -> str:
     return "\n".join([parser.format_usage().strip(), *examples])
 
 
-def joined_values(argv: Sequence[str]) -> List[str]:
-    """The arguments, with "--base-delay -inf" joined: argparse would take -inf for a flag."""
-    words: List[str] = []
-    for word in argv:
-        before = words[-1] if words else ""
-        is_value = re.fullmatch(r"-(inf|nan|infinity)", word, re.IGNORECASE)
-        if is_value and before.startswith("--") and before != "--" and "=" not in before:
-            words[-1] = f"{before}={word}"
-        else:
-            words.append(word)
-    return words
-
-
-def refuse_single_dashes(words: Sequence[str], parser: Parser) -> None:
-    """Refuse -model, which argparse would read as -m odel."""
-    for word in words:
-        if word == "--":
-            return
-        name = word.partition("=")[0]
-        near = ""
-        if re.fullmatch(r"-[a-z][a-z-]{2,}", name):
-            near = nearest_flag("-" + name, parser.long_flags())
-        if near:
-            raise UsageError(f"unknown flag {name} (did you mean {near}?)")
-
-
-def make_client(args: argparse.Namespace, console: Console) -> FallbackLLM:
+def make_client(args: argparse.Namespace, console: Console, ended: threading.Event) -> FallbackLLM:
     """The client that the options describe."""
     retry: Dict[str, Any] = {}
     for name in ("max_attempts", "base_delay", "max_delay"):
@@ -4359,7 +5487,9 @@ def make_client(args: argparse.Namespace, console: Console) -> FallbackLLM:
     config = RetryConfig(
         jitter=not args.disable_jitter, wait_on_rate_limit=not args.no_wait, **retry
     )
-    sleep = time.sleep if args.batch is not None or args.quiet else console.sleep
+    sleep: Callable[[float], object] = console.sleep
+    if args.batch is not None:
+        sleep = functools.partial(sleep_in_batch, ended)
     return FallbackLLM(config, timeout=args.timeout, idle_timeout=args.idle_timeout, sleep=sleep)
 
 
@@ -4373,124 +5503,93 @@ def common_arguments(args: argparse.Namespace) -> Json:
 
 
 def question_of(args: argparse.Namespace, console: Console) -> str:
-    """The question: the files, then the pipe, then the words. Raises UsageError."""
+    """The question: the files, then the pipe, then the words. Raises ValueError."""
     words = [word for word in args.question if word != "-"]
     parts: List[str] = []
     paths = args.file or []
+    is_needed = not words and all(path == "-" for path in paths)
     for path in paths:
-        text = read_question_file(path)
+        if path == "-":
+            text = read_stdin(console, args.timeout, is_needed)
+        else:
+            text = read_text("--file", path)
         parts.append(f"--- {path} ---\n{text}" if len(paths) > 1 else text)
 
     wants_stdin = "-" in args.question
     has_pipe = sys.stdin is not None and not is_terminal(sys.stdin) and not args.no_stdin
     is_read = "-" not in paths and sys.stdin is not None and (wants_stdin or has_pipe)
     if is_read:
-        parts.append(read_stdin(console))
+        parts.append(read_stdin(console, args.timeout, is_needed))
 
     parts.append(" ".join(words))
     question = "\n\n".join(part.strip("\r\n") for part in parts if part.strip("\r\n"))
-    if is_blank(question) and not (args.question or paths):
+    if is_blank(question) and not (words or paths):
         if is_read:
-            raise UsageError("no question given (stdin was empty)")
-        raise UsageError(f"no question given\n{args.usage}")
-    if is_blank(question) and wants_stdin:
-        raise UsageError("no question given (stdin was empty)")
+            raise ValueError("no question given (stdin was empty)")
+        raise ValueError(f"no question given\n{args.usage}")
     return question
 
 
-def read_question_file(path: str) -> str:
-    """The text of a file, "-" for stdin. Raises UsageError."""
-    with opened("--file", path, "rb") as file:
-        data = file.read()
-    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    if path != "-" and b"\0" in data and not is_utf16:
-        raise UsageError(f"--file {path}: this is a binary file, not text")
-    return decoded(data)
+def read_stdin(console: Console, timeout: Optional[float], is_needed: bool) -> str:
+    """The text from stdin; "" if it does not end in time and is not needed. Raises ValueError."""
+    tell_at = 2.0
+    limit = math.inf if timeout is None else timeout
+    if is_terminal(sys.stdin):
+        explain_terminal(console)
+        tell_at = math.inf
+        limit = math.inf
+    started = time.monotonic()
+    reader = StdinReader(daemon=True)  # nobody can stop it
+    reader.start()
+    while reader.is_alive():
+        passed = time.monotonic() - started
+        if passed >= tell_at:
+            console.say("waiting for piped input; use --no-stdin (or </dev/null) to skip")
+            tell_at = math.inf
+        if passed >= limit:
+            reason = f"stdin did not end within {number_of(limit)} s"
+            if is_needed:
+                raise ValueError(f"no question given ({reason})")
+            logger.warning("⚠️  %s: asked without it", reason)
+            return ""
+        reader.join(0.05)
+    if reader.error is not None:
+        raise reader.error
+    return reader.text
 
 
-def read_stdin(console: Console) -> str:
-    """The text from stdin; after two seconds without its end, tell the user."""
-    hint = "waiting for piped input; use --no-stdin (or </dev/null) to skip"
-    timer = threading.Timer(2.0, console.say, [hint])
-    timer.daemon = True
-    timer.start()
-    try:
-        with opened("stdin", "-", "rb") as file:
-            return decoded(file.read())
-    finally:
-        timer.cancel()
+def explain_terminal(console: Console) -> None:
+    """Say how to end what is typed."""
+    keys = "Ctrl-D ends"
+    if os.name == "nt":
+        keys = "Ctrl-Z and Enter end"
+    console.say(f"reading from the terminal; {keys} the text")
 
 
-def decoded(data: bytes) -> str:
-    """Text from bytes in UTF-8, or in UTF-16 with a byte order mark."""
-    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    text = data.decode("utf-16" if is_utf16 else "utf-8-sig", "replace")
-    return text.replace("\0", "")
+class StdinReader(threading.Thread):
+    """Reads all of stdin."""
 
+    text = ""
+    error: Optional[ValueError] = None
 
-def opened(flag: str, path: str, mode: str) -> IO[bytes]:
-    """The file of a flag, "-" for stdin. Raises UsageError."""
-    try:
-        if path == "-":
-            return open(0, mode, closefd=False)
-        return open(path, mode)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{flag} {path}: {reason}") from None
-
-
-def without_fence(text: str) -> str:
-    """The text less a Markdown fence around it."""
-    lines = text.strip().split("\n")
-    if len(lines) > 2 and lines[0].startswith("```") and lines[-1].strip() == "```":
-        return "\n".join(lines[1:-1])
-    return text
-
-
-def json_inside(text: str) -> Any:
-    """The JSON value of an answer, less a Markdown fence around it. Raises ValueError."""
-    value = json.loads(without_fence(text))
-    json.dumps(value, allow_nan=False)  # NaN and 1e999 are no JSON
-    return value
-
-
-def is_json(text: str) -> bool:
-    """Whether an answer is JSON; for `accept`."""
-    try:
-        json_inside(text)
-    except RecursionError:
-        return False
-    return True
-
-
-def report_of(
-    result: Union[Answer, FallbackLLMError, ValueError], expects_json: bool, **first: Any
-) -> Json:
-    """What --json and a batch tell of a question."""
-    report: Json = dict(first, answer=None, error=None)
-    if isinstance(result, Answer):
-        report["answer"] = json_inside(result.text) if expects_json else result.text
-    else:
-        report["error"] = str(result)
-    for name in ("provider", "model", "finish_reason", "usage", "retry_after"):
-        report[name] = getattr(result, name, None) or None
-
-    trail = [attempt.to_dict() for attempt in getattr(result, "attempts", ())]
-    report["attempts"] = trail
-    elapsed = sum(attempt["waited"] + attempt["elapsed"] for attempt in trail)
-    report["elapsed_seconds"] = round(elapsed, 3)
-    return report
+    def run(self) -> None:
+        """Set one of the two."""
+        try:
+            self.text = read_text("stdin", "-", is_lenient=True)
+        except ValueError as error:
+            self.error = error
 
 
 def respond(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
     """Ask one question and print the answer."""
     question = question_of(args, console)
-    rows = llm._parts.roster.rows(args.provider)
-    for row in rows:
-        if llm._parts.roster.key_problem(row):
-            logger.debug("⚠️  %s", llm._parts.roster.key_problem(row))
-    available = [row.name for row in rows if not llm._parts.roster.key_problem(row)]
-    logger.debug("✅ Available providers: %s", ", ".join(available))
+    available = []
+    for account in llm.accounts(args.provider):
+        if account.problem:
+            logger.debug("⚠️  %s", account.problem)
+        else:
+            available.append(account.provider)
+    logger.debug("✅ Available providers: %s", ", ".join(dict.fromkeys(available)))
     logger.debug("❓ Question: %s", question)
     logger.debug("🤔 Thinking...")
 
@@ -4502,7 +5601,13 @@ def respond(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int
 
     printer = AnswerPrinter(console)
     if args.stream:
-        answer = printer.print_stream(llm.stream(**arguments))
+        stream = llm.stream(**arguments)
+        try:
+            for piece in stream:
+                printer.feed(piece)
+        finally:
+            printer.end()
+        answer = stream.answer
     else:
         answer = llm.complete(**arguments)
         printer.feed(without_fence(answer.text) if args.expect_json else answer.text)
@@ -4516,11 +5621,10 @@ def respond_in_json(
 ) -> int:
     """Ask one question and print a JSON object, whatever comes of it."""
     try:
-        answer = llm.complete(**arguments)
+        console.put_json(report_of(llm.complete(**arguments), args.expect_json))
     except FallbackLLMError as error:
         console.put_json(report_of(error, args.expect_json))
         raise
-    console.put_json(report_of(answer, args.expect_json))
     return 0
 
 
@@ -4531,16 +5635,6 @@ class AnswerPrinter:
         self._console = console
         self._held = ""  # what may turn out to be a blank line at the beginning or at the end
         self._has_begun = False
-
-    def print_stream(self, pieces: Generator[str, None, Answer]) -> Answer:
-        """Print the pieces as they come."""
-        try:
-            while True:
-                self.feed(next(pieces))
-        except StopIteration as end:
-            return cast(Answer, end.value)
-        finally:
-            self.end()
 
     def feed(self, text: str) -> None:
         """Print a piece, but for newlines that may turn out to be the last ones."""
@@ -4563,83 +5657,60 @@ class AnswerPrinter:
 
 def check(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
     """Print which keys and models work; 0 if a provider can answer."""
-    reports = [check_provider(llm, row) for row in llm._parts.roster.rows(args.provider)]
+    labels = [account.label for account in llm.accounts(args.provider)]
+    found: Dict[str, CheckReport] = {}
+    console.redraw(f"waiting for {', '.join(labels)}")
+    for report in llm.check(args.provider, args.timeout):
+        found[report.label] = report
+        waiting = [label for label in labels if label not in found]
+        console.redraw(f"waiting for {', '.join(waiting)}")
+    console.redraw("")
+
+    reports = [found[label] for label in labels]
     if args.json:
-        console.put_json(reports)
+        console.put_json([report.to_dict() for report in reports])
     else:
-        table = [["PROVIDER", "KEY", "SECONDS", "MODELS"]]
-        for report in reports:
-            notes = []
-            if report["served"]:
-                notes.append("served: " + ", ".join(report["served"]))
-            if report["not_served"]:
-                notes.append("not served: " + ", ".join(report["not_served"]))
-            if report["reason"]:
-                notes.append(report["reason"])
-            seconds = f"{report['seconds']:.2f}"
-            table.append([report["provider"], report["key"], seconds, "; ".join(notes)])
-        for line in columns(table):
+        for line in check_table(reports):
             console.put(line.translate(CONTROLS) + "\n")
-    if any(report["served"] for report in reports):
+    if any(report.served for report in reports):
         return 0
     return 1
 
 
-def check_provider(llm: FallbackLLM, row: Provider) -> Json:
-    """Whether the key of a provider is accepted, and which of its listed models are served."""
-    started = time.monotonic()
-    key = llm._parts.roster.key(row)
-    report: Json = {"provider": row.name, "key": "accepted", "seconds": 0.0}
-    report.update(served=[], not_served=[], reason="")
-    problem = llm._parts.roster.key_problem(row)
-    if problem:
-        return {**report, "key": "missing", "reason": problem}
+def check_table(reports: Sequence[CheckReport]) -> List[str]:
+    """The reports with their columns below each other, no wider than 80 columns."""
+    import textwrap
 
-    try:
-        if row.key_path != "/models":
-            llm._parts.transport.get(row, row.key_path, key, math.inf)
-        listing = llm._parts.transport.get(row, "/models", key, math.inf)
-    except Failure as failure:
-        is_refused = failure.verdict is Verdict.DENIED
-        report["key"] = "refused" if is_refused else "not checked"
-        report["reason"] = llm._parts.shown(failure.summary or failure.reason)
-    else:
-        entries = listing.get("data")
-        served = []
-        if isinstance(entries, list):
-            served = [dig(entry, "id") for entry in entries]
-        for model in llm.models[row.name]:
-            report["served" if model in served else "not_served"].append(model)
-    report["seconds"] = round(time.monotonic() - started, 3)
-    return report
+    table = [["PROVIDER", "KEY", "SECONDS", "MODELS"]]
+    for report in reports:
+        notes = [report.reason]
+        if report.not_served:
+            notes.insert(0, "not served: " + ", ".join(report.not_served))
+        if report.served:
+            notes.insert(0, "served: " + ", ".join(report.served))
+        words = "; ".join(filter(None, notes)) or "-"
+        table.append([report.label, report.key, f"{report.seconds:.2f}", words])
 
-
-def columns(table: Sequence[Sequence[str]]) -> List[str]:
-    """The rows as lines with their columns below each other."""
-    widths = [max(len(row[number]) for row in table) for number in range(len(table[0]) - 1)]
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
     lines = []
     for row in table:
         cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append("  ".join([*cells, row[-1]]).rstrip())
+        start = "  ".join([*cells, ""])
+        wrapper = textwrap.TextWrapper(WIDEST, start, " " * len(start), break_on_hyphens=False)
+        lines.extend(wrapper.wrap(row[3]))
     return lines
 
 
 def list_models(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
     """Print the models of each provider: those that are asked, in their order, then the others."""
     found: List[Json] = []
-    for row in llm._parts.roster.rows(args.provider):
-        served = []
-        if not llm._parts.roster.key_problem(row):
-            served = llm._parts.served_models(row)
-        if not served:
-            logger.warning(
-                "⚠️  %s: its own list is not available; these are the ones we ask", row.name
-            )
-        asked = llm.models[row.name]
-        models = [model for model in asked if model in served or not served]
-        models.extend(model for model in served if model not in asked)
-        for model in models:
-            found.append({"provider": row.name, "model": model, "asked": model in asked})
+    for listing in llm.list_models(args.provider, args.timeout):
+        name = listing.provider
+        if listing.problem:
+            logger.warning("⚠️  %s: %s; these are the models we ask", name, listing.problem)
+        for model in listing.models:
+            is_asked = model in listing.asked
+            found.append({"provider": name, "model": model, "asked": is_asked})
     if args.json:
         console.put_json(found)
     else:
@@ -4656,33 +5727,72 @@ def say_statistics(llm: FallbackLLM, console: Console) -> None:
     console.say("\n".join(lines))
 
 
+def batch_job(args: argparse.Namespace, console: Console, ended: threading.Event) -> BatchJob:
+    """What --batch and the other options ask for."""
+    if args.batch == "-" and is_terminal(sys.stdin):
+        explain_terminal(console)
+    return BatchJob(
+        questions=args.batch,
+        output=None if args.output == "-" else args.output,
+        arguments=common_arguments(args),
+        expects_json=args.expect_json,
+        workers=args.workers or 8,
+        is_quiet=args.quiet,
+        put=console.put_json,
+        say=console.say,
+        redraw=console.redraw if console.can_redraw else None,
+        ended=ended,
+    )
+
+
 def run_command(args: argparse.Namespace, console: Console) -> int:
     """Do what the options say; the exit code."""
     if sys.stdout is None:
         raise OSError("stdout is closed: there is no place for the answer")
     logger.debug("🚀 Initializing Fallback LLM System...")
-    with make_client(args, console) as llm:
+    ended = threading.Event()
+    with make_client(args, console, ended) as llm:
         try:
             if args.check:
                 code = check(llm, args, console)
             elif args.list_models:
                 code = list_models(llm, args, console)
             elif args.batch is not None:
-                code = Batch(llm, args, console).run()
+                code = Batch(llm, batch_job(args, console, ended)).run()
             else:
                 code = respond(llm, args, console)
         except FallbackLLMError as error:
-            console.say(f"❌ {error}")
+            console.say(f"❌ {in_shell_words(error)}")
             code = 1
         if args.stats:
             say_statistics(llm, console)
     return code
 
 
-def with_flags(message: str) -> str:
-    """A message about parameters, as one about flags."""
-    pattern = r"^(provider|model|timeout)\b|\b(max|base)_delay\b|\b(max_tokens|idle_timeout)\b"
-    return re.sub(pattern, lambda match: "--" + match.group().replace("_", "-"), message)
+def in_shell_words(error: Exception) -> str:
+    """The message of an error with flags in place of parameters, but not in what servers said.
+
+    Below the headline of a question that failed, only what follows the arrows is ours.
+    """
+    headline, *lines = str(error).split("\n")
+    if isinstance(error, (AnswerRefused, StreamInterrupted)) or headline.startswith("--"):
+        return str(error)
+    told = [PARAMETER_NAMES.sub(flag_of, headline)]
+    for line in lines:
+        said, arrow, advice = line.rpartition(" → ")
+        told.append(said + arrow + PARAMETER_NAMES.sub(flag_of, advice))
+    return "\n".join(told)
+
+
+def flag_of(match: "re.Match[str]") -> str:
+    """The flag that sets a parameter."""
+    return "--" + match.group().replace("_", "-")
+
+
+def discard_stdout() -> None:
+    """Throw away what stdout still holds, or Python would complain at its exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -4691,12 +5801,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     handler: Optional[logging.Handler] = None
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        console.can_redraw = console.can_redraw and not args.quiet
         handler = ConsoleHandler(console, args)
         logger.addHandler(handler)
         logger.setLevel(logging.DEBUG)
         return run_command(args, console)
     except ValueError as error:
-        console.say(f"error: {with_flags(str(error))}")
+        console.say(f"error: {in_shell_words(error)}")
         return 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills at once
@@ -4713,326 +5824,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         console.say(f"error: {error.strerror or error}")
         return 1
     finally:
-        if handler is not None:
+        # Questions of a batch that was ended may still log: then somebody has to be there.
+        if handler is not None and args.batch is None:
             logger.removeHandler(handler)
-
-
-def discard_stdout() -> None:
-    """Throw away what stdout still holds, or Python would complain at its exit."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# --- 10. Batch: many questions from a file to a file --------------------------------------------
-
-BATCH_AHEAD = 100  # questions that each worker may be ahead of a slow one
-PROGRESS_PAUSE = 10.0  # seconds between two lines of progress outside a terminal
-REDRAW_PAUSE = 0.5  # seconds between two of a terminal
-COMMON_REASONS = 3  # reasons of failed questions that are told at the end
-
-
-class Line(NamedTuple):
-    """A question of a batch."""
-
-    number: int  # of the line in the file
-    id: Union[str, int]
-    fields: Json  # what the line itself says, without the id
-    digest: str  # identifies all of that
-
-
-class Batch:
-    """Asks the questions of a file that have no answer yet, and writes each answer as it comes.
-
-    A finished output has one line of JSON for each id. A resumed one is first rewritten without
-    its failed and torn lines.
-    """
-
-    def __init__(self, llm: FallbackLLM, args: argparse.Namespace, console: Console) -> None:
-        self._llm = llm
-        self._args = args
-        self._console = console
-        self._common = common_arguments(args)
-        if args.expect_json:
-            self._common["accept"] = is_json
-        self._flags = digest_of(dict(common_arguments(args), expect_json=args.expect_json))
-        self._output: Optional[IO[bytes]] = None
-        self._answered: Dict[Union[str, int], Json] = {}  # by an earlier run, without the texts
-        self._lock = threading.Lock()  # of all that follows
-        self._counts: Dict[str, int] = collections.Counter()  # answers by provider
-        self._reasons: Dict[str, int] = collections.Counter()  # of failed questions
-        self._total = 0
-        self._started = time.monotonic()
-        self._told_at = self._started
-        self._cancelled = threading.Event()
-
-    def run(self) -> int:
-        """Ask them all; 0 if now all have an answer."""
-        path = self._args.batch
-        with contextlib.ExitStack() as stack:
-            source = stack.enter_context(opened("--batch", path, "rb"))
-            if not source.seekable() or path == "-":
-                # A shell may have read the first lines of stdin: it cannot be rewound.
-                spool = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(source, spool)
-                source = spool
-            if self._args.output is not None:
-                self._output = stack.enter_context(self._opened_output())
-            self._total = sum(1 for _ in self._open_questions(source))
-            if self._total == 0 and not self._answered and not self._args.quiet:
-                self._console.say(f"⚠️  {path} holds no question")
-
-            stack.callback(self._cancelled.set)  # whatever ends the batch ends its questions
-            questions = self._open_questions(source)
-            workers = self._args.workers or 8
-            try:
-                for _ in work_through(self._ask, questions, workers, BATCH_AHEAD):
-                    pass
-            except KeyboardInterrupt:
-                self._tell_interruption()
-                raise
-        return self._tell_end()
-
-    def _open_questions(self, source: IO[bytes]) -> Iterator[Line]:
-        """The questions without an answer, each checked. Raises UsageError."""
-        source.seek(0)
-        seen: Set[Union[str, int]] = set()
-        for number, data in enumerate(source, 1):
-            if not data.strip():
-                continue
-            try:
-                line = read_line(number, data)
-                if line.id in seen:
-                    raise ValueError(f"duplicate id {line.id!r}")
-                seen.add(line.id)
-                self._refuse_other_question(line)
-                self._llm._question_from({**self._common, **line.fields})
-            except (ValueError, TypeError, RecursionError) as error:
-                raise UsageError(f"--batch {self._args.batch}: line {number}: {error}") from None
-            if line.id not in self._answered:
-                yield line
-
-    def _refuse_other_question(self, line: Line) -> None:
-        """Raise ValueError if the id was answered for another question."""
-        before = self._answered.get(line.id)
-        if before is None:
-            return
-        is_same = before["line_digest"] == line.digest
-        if before["line_digest"] is None:  # the output of an older version
-            texts = {name: line.fields.get(name) for name in ("question", "messages")}
-            is_same = before["texts_digest"] == digest_of(texts)
-        if not is_same:
-            raise ValueError(
-                f"it differs from the question answered as id {line.id} in {self._args.output}; "
-                "use another -o, or give ids"
-            )
-
-    def _opened_output(self) -> IO[bytes]:
-        """The output, with the answers of an earlier run, for more to be added."""
-        flag = f"--output {self._args.output}"
-        path = os.path.realpath(self._args.output)
-        if self._args.output.endswith(("/", os.sep)):
-            raise UsageError(f"{flag}: a folder, not a file")
-        if os.path.exists(self._args.batch) and os.path.realpath(self._args.batch) == path:
-            raise UsageError(f"{flag}: these are the questions")
-        if os.path.exists(self._args.output) and not os.path.isfile(self._args.output):
-            raise UsageError(f"{flag}: not a regular file; leave -o out to write to stdout")
-
-        old = opened("--output", path, "ab+")
-        try:
-            lock_file(old, flag)
-            if not os.path.samestat(os.fstat(old.fileno()), os.stat(path)):
-                raise UsageError(f"{flag}: another run is writing to it")
-            old.seek(0)
-            if not all(line.startswith(b'{"id": ') or b'{"id": '.startswith(line) for line in old):
-                raise UsageError(f"{flag}: not a file of answers, left as it is")
-            return self._rewritten(old, path)
-        finally:
-            old.close()
-
-    def _rewritten(self, old: IO[bytes], path: str) -> IO[bytes]:
-        """A new file in place of the old one, with the answers of the old one."""
-        other_flags = 0
-        descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".answers-")
-        file = os.fdopen(descriptor, "wb")
-        try:
-            lock_file(file, f"--output {self._args.output}")
-            old.seek(0)
-            for data in old:
-                record = parsed(data)  # what was torn is no JSON
-                answered_id = dig(record, "id")
-                is_answer = isinstance(record, dict) and record.get("error") is None
-                if (
-                    not is_answer
-                    or "answer" not in record
-                    or not is_id(answered_id)
-                    or answered_id in self._answered
-                ):
-                    continue
-                texts = {name: record.get(name) for name in ("question", "messages")}
-                self._answered[answered_id] = {
-                    "line_digest": record.get("line_digest"),
-                    "texts_digest": digest_of(texts),
-                }
-                if record.get("flags_digest") not in (None, self._flags):
-                    other_flags += 1
-                file.write(data if data.endswith(b"\n") else data + b"\n")
-            file.flush()
-            os.chmod(temporary, os.stat(path).st_mode & 0o777)
-            os.replace(temporary, path)
-        except BaseException:
-            file.close()
-            os.unlink(temporary)
-            raise
-        if other_flags and not self._args.quiet:
-            self._console.say(
-                f"⚠️  {other_flags} answers in {self._args.output} were given with other flags "
-                "(such as -m or -s) and are kept; use another -o to ask again"
-            )
-        return file
-
-    def _ask(self, line: Line) -> None:
-        """Ask a question and write its line. Runs in many threads."""
-        if self._cancelled.is_set():
-            return
-        result = self._llm._result({**self._common, **line.fields}, self._cancelled)
-        texts = {
-            name: line.fields[name] for name in ("question", "messages") if name in line.fields
-        }
-        digests = {"line_digest": line.digest, "flags_digest": self._flags}
-        record = report_of(result, self._args.expect_json, id=line.id, **texts, **digests)
-
-        with self._lock:
-            if self._cancelled.is_set():
-                return
-            try:
-                self._write(record)
-            except BaseException:
-                self._cancelled.set()  # do not pay for answers that cannot be saved
-                raise
-            if isinstance(result, Answer):
-                self._counts[result.provider] += 1
-            else:
-                self._reasons[short_reason(result)] += 1
-            self._tell_progress()
-
-    def _write(self, record: Json) -> None:
-        """Write a record to the output, or to stdout."""
-        if self._output is None:
-            self._console.put_json(record)
-        else:
-            try:
-                self._output.write(json_line(record).encode())
-                self._output.flush()
-            except OSError as error:
-                reason = f"{self._args.output}: {error.strerror}"
-                raise OSError(error.errno, reason) from None
-
-    def _tell_progress(self) -> None:
-        """Done, failed, speed, time left, who answers, who is rate-limited."""
-        now = time.monotonic()
-        pause = PROGRESS_PAUSE
-        if self._console.has_terminal:
-            pause = REDRAW_PAUSE
-        if self._args.quiet or now - self._told_at < pause:
-            return
-        self._told_at = now
-
-        passed = now - self._started
-        failed = sum(self._reasons.values())
-        done = failed + sum(self._counts.values())
-        left = (self._total - done) / done * passed
-        parts = [f"{done}/{self._total} done, {failed} failed, {done / passed:.1f}/s"]
-        parts[0] += f", {duration_words(left)} left"
-        parts.append(", ".join(f"{name} {count}" for name, count in sorted(self._counts.items())))
-        for name, health in self._llm.provider_health.items():
-            if health.status is ProviderStatus.RATE_LIMITED:
-                seconds = max(0.0, health.rate_limit_reset_time - time.time())
-                parts.append(f"{name} rate-limited for {duration_words(seconds)}")
-        text = "; ".join(part for part in parts if part)
-        if self._console.has_terminal:
-            self._console.redraw(text)
-        else:
-            self._console.say(text)
-
-    def _tell_end(self) -> int:
-        """The sum; the exit code."""
-        failed = sum(self._reasons.values())
-        answered = sum(self._counts.values())
-        if failed or not self._args.quiet:
-            before = ""
-            if self._answered:
-                before = f", {len(self._answered)} answered before"
-            if self._console.has_terminal:
-                self._console.redraw("")
-            self._console.say(f"{answered} answered, {failed} failed{before}")
-        reasons = sorted(self._reasons.items(), key=lambda pair: -pair[1])
-        for reason, count in reasons[:COMMON_REASONS]:
-            self._console.say(f"   {count} x {reason}")
-        if failed and self._args.output is not None:
-            self._console.say("   Run the same command again to ask the failed ones again.")
-        if failed:
-            return 1
-        return 0
-
-    def _tell_interruption(self) -> None:
-        """Say how many answers are saved, and how to resume."""
-        saved = sum(self._counts.values()) + len(self._answered)
-        if self._args.output is not None:
-            self._console.say(
-                f"\n{saved} answers are saved in {self._args.output}; "
-                "run the same command again to resume."
-            )
-
-
-def read_line(number: int, data: bytes) -> Line:
-    """A line of a batch: a text, or a JSON object. Raises ValueError."""
-    if b"\0" in data:
-        raise ValueError("save the file as UTF-8")
-    text = data.decode("utf-8-sig", "replace").strip()
-    fields: Json = {"question": text}
-    if text.startswith("{"):
-        fields = json.loads(text)
-    if "accept" in fields:
-        raise ValueError("accept is not for a batch; use --expect-json")
-    line_id = fields.pop("id", number)
-    if not is_id(line_id):
-        raise ValueError(f"id must be a text or a whole number, not {line_id!r:.60}")
-    if "question" not in fields and "messages" not in fields:
-        names = ", ".join(repr(name) for name in fields) or "no other field"
-        raise ValueError(f'a "question" or "messages" is missing (there is {names})')
-    return Line(number, line_id, fields, digest_of(fields))
-
-
-def is_id(value: object) -> bool:
-    """Whether the value can identify a question."""
-    return isinstance(value, (str, int)) and not isinstance(value, bool)
-
-
-def digest_of(fields: Json) -> str:
-    """A short text that differs for different fields."""
-    text = json.dumps(fields, sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
-
-
-def short_reason(error: Union[FallbackLLMError, ValueError]) -> str:
-    """Why a question failed, without what differs from question to question."""
-    attempts = getattr(error, "attempts", ())
-    if attempts:
-        last = attempts[-1]
-        return f"{last.provider}: {last.reason[:100]}"
-    return str(error).split("\n")[0][:100]
-
-
-def lock_file(file: IO[bytes], flag: str) -> None:
-    """Take the file for this process alone. Raises UsageError if another run has it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has none
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"{flag}: another run is writing to it") from None
+        elif handler is not None:
+            handler.setLevel(logging.CRITICAL + 1)
 
 
 if __name__ == "__main__":

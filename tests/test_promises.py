@@ -351,11 +351,13 @@ def test_the_time_limit_holds_for_events_that_were_packed(serve: Serve, events: 
 def test_an_answer_has_a_ceiling() -> None:
     """What no model says is not read, however well it would parse."""
     pad = "x" * 12000000
+    delta = {"choices": [{"index": 0, "delta": {"reasoning": pad[:100000]}}]}
+    thought = b"data: " + json.dumps(delta).encode() + b"\n\n"
     for body in (
         json.dumps({**says("A").body, "pad": pad}),
         b": " + pad.encode() + b"\n\n" + event("A", "stop"),
         event("A") + event(pad) + event("", "stop"),
-        (event("", reasoning=pad[:100000]),) * 120 + (event("A", "stop"),),
+        (thought,) * 120 + (event("A", "stop"),),
     ):
         world = World({"a": [Reply(body=body)]})
         answer = world.llm.complete("Where?")

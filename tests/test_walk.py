@@ -718,13 +718,13 @@ def test_keys_are_read_at_each_question(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_keys_and_lists_of_a_dotenv(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """.env gives keys and models where the environment has none, and nothing else."""
-    lines = "ONE_KEY=k-1\nTWO_KEY=k-${ONE_KEY}\nTWO_MODELS=x, y\nTWO_BASE_URL=https://evil/v1\n"
+    lines = "ONE_KEY=k-1\nTWO_KEY=k-2\nTWO_MODELS=x, y\nTWO_BASE_URL=https://evil/v1\n"
     (bare / ".env").write_text(lines)
     monkeypatch.setenv("ONE_KEY", "k-3")
     monkeypatch.setenv("TWO_KEY", "")
     rows = [dataclasses.replace(row, key_env=f"{row.name.upper()}_KEY") for row in ROWS]
     world = World(providers=rows)
-    assert world.llm.api_keys == {"one": "k-3", "two": "k-${ONE_KEY}"}
+    assert world.llm.api_keys == {"one": "k-3", "two": "k-2"}
     assert world.llm.models == {"one": ["a", "b"], "two": ["x", "y"]}
     assert world.llm.ask("Where?", provider="two") == "X"
     assert world.server.asked[0].url == "https://two/v1/chat/completions"
