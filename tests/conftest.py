@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import py_compile
 import shutil
 import struct
 import subprocess
@@ -179,11 +180,13 @@ class _Screen:
 class Program:
     """The program as a process in `folder`, with an environment made from nothing.
 
-    It has a key for each provider and one model of each: one, two, three.
+    It has a key for each provider and one model of each: one, two, three. Wherever a command has
+    the path of the program, its bytecode is run instead: see `bytecode`.
     """
 
-    def __init__(self, path: Path, folder: Path, emulator: Emulator) -> None:
+    def __init__(self, path: Path, bytecode: Path, folder: Path, emulator: Emulator) -> None:
         self.path, self.folder, self.emulator = path, folder, emulator
+        self._quick = {str(path): bytecode}
         self.variables = {"PATH": os.environ["PATH"], "HOME": str(folder), "NO_PROXY": "127.0.0.1"}
         self.variables.update(emulator.environment())
         for provider, model in zip(PROVIDERS, ("one", "two", "three")):
@@ -235,7 +238,8 @@ class Program:
         more["env"] = {name: value for name, value in changed.items() if value is not None}
         more["stdin"] = subprocess.PIPE if isinstance(stdin, bytes) else stdin
         more["cwd"] = self.folder
-        process = Process([*(command or self.command), *arguments], more)
+        begin = [self._quick.get(str(part), part) for part in command or self.command]
+        process = Process([*begin, *arguments], more)
         self.stack.callback(process.close)
         if isinstance(stdin, bytes):
             process.say(stdin)
@@ -290,10 +294,28 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copy(str(real), str(tmp_path_factory.mktemp("program"))))
 
 
+@pytest.fixture(scope="session")
+def bytecode(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program as Python keeps it after an import, under its own name.
+
+    Python runs such a file as it runs the source, but need not compile it, which takes longer than
+    most questions. What is copied, read or imported by a test is the source.
+    """
+    path = tmp_path_factory.mktemp("bytecode") / program.name
+    return compiled(program, path)
+
+
+def compiled(source: Path, path: Path) -> Path:
+    """The path, at which now is the bytecode of a source; Python does not ask how old it is."""
+    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(source), str(path), doraise=True, invalidation_mode=unchecked)
+    return path
+
+
 @pytest.fixture
-def run(program: Path, tmp_path: Path, emulator: Emulator) -> Iterator[Program]:
+def run(program: Path, bytecode: Path, tmp_path: Path, emulator: Emulator) -> Iterator[Program]:
     """Runs the program in `tmp_path`; what the test does not plan is answered with "Paris."."""
-    runs = Program(program, tmp_path, emulator)
+    runs = Program(program, bytecode, tmp_path, emulator)
     runs.plan(Reply(text="Paris."))
     with runs.stack:
         yield runs
