@@ -382,7 +382,7 @@ def test_a_fork_while_threads_ask(bare: Path, serve: Serve) -> None:
 
 @both
 def test_a_finish_reason_in_every_chunk_is_not_the_end(serve: Serve, verb: Any) -> None:
-    """Some gateways send it; the answer ends with [DONE], which gets a second after each of them."""
+    """Some gateways send it; the answer ends with [DONE], which has a second after each."""
 
     def script(peer: Peer) -> None:
         peer.read()
