@@ -727,7 +727,7 @@ def test_a_models_list_that_holds_none(listing: Any) -> None:
 
 # --- Texts of megabytes -------------------------------------------------------------------------
 
-CPU_SECONDS = 30  # far more than is needed; quadratic work would take most of an hour
+CPU_SECONDS = 10  # far more than is needed; quadratic work takes longer, were it only to copy
 MILLION = 1000000
 
 
