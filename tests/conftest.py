@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import pty
+import py_compile
 import shutil
 import struct
 import subprocess
@@ -20,12 +22,14 @@ from typing import IO, Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import pytest
 from emulator import Asked, Emulator, Reply
+from forks import Fork, Forks
 from peers import Script, Serve, Server
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `import fallback_llm`
 
 PATIENCE = 60.0  # seconds; only a test that fails waits so long
 PROVIDERS = ("cerebras", "groq", "openrouter")
+STREAMS = {"stdin", "stdout", "stderr"}
 
 
 class Result(NamedTuple):
@@ -39,12 +43,12 @@ class Result(NamedTuple):
 class Process:
     """A process under way; its stdout and stderr can be read at any time."""
 
-    def __init__(self, command: Sequence[Any], more: Mapping[str, Any]) -> None:
+    def __init__(self, start: Callable[..., Any], more: Mapping[str, Any]) -> None:
         self._stack = contextlib.ExitStack()
         self._stdout = self._temporary_file()
         self._stderr = self._temporary_file()
         streams = {"stdout": self._stdout, "stderr": self._stderr}
-        self.popen: subprocess.Popen[bytes] = subprocess.Popen(command, **{**streams, **more})
+        self.popen: subprocess.Popen[bytes] | Fork = start(**{**streams, **more})
         self._stack.enter_context(self.popen)
 
     def _temporary_file(self) -> IO[bytes]:
@@ -180,11 +184,17 @@ class _Screen:
 class Program:
     """The program as a process in `folder`, with an environment made from nothing.
 
-    It has a key for each provider and one model of each: one, two, three.
+    It has a key for each provider and one model of each: one, two, three. Where a command has the
+    path of the program, its bytecode is run instead; where there is no such command, it is forked.
     """
 
-    def __init__(self, path: Path, folder: Path, emulator: Emulator) -> None:
+    def __init__(
+        self, path: Path, bytecode: Path, forks: Forks | None, folder: Path, emulator: Emulator
+    ) -> None:
         self.path, self.folder, self.emulator = path, folder, emulator
+        self.bytecode = bytecode
+        self._forks = forks
+        self._source = path
         self.variables = {"PATH": os.environ["PATH"], "HOME": str(folder), "NO_PROXY": "127.0.0.1"}
         self.variables.update(emulator.environment())
         for provider, model in zip(PROVIDERS, ("one", "two", "three")):
@@ -233,14 +243,30 @@ class Program:
         away. command: what stands before the arguments, instead of Python and the program.
         """
         changed = {**self.variables, **(env or {})}
-        more["env"] = {name: value for name, value in changed.items() if value is not None}
+        variables = {name: value for name, value in changed.items() if value is not None}
         more["stdin"] = subprocess.PIPE if isinstance(stdin, bytes) else stdin
-        more["cwd"] = self.folder
-        process = Process([*(command or self.command), *arguments], more)
+        launch = functools.partial(self._launch, arguments, variables, command)
+        process = Process(launch, more)
         self.stack.callback(process.close)
         if isinstance(stdin, bytes):
             process.say(stdin)
         return process
+
+    def _launch(
+        self,
+        arguments: Sequence[str | bytes],
+        variables: Mapping[str, str],
+        command: Sequence[Any] | None,
+        **more: Any,
+    ) -> subprocess.Popen[bytes] | Fork:
+        forks, folder = self._forks, str(self.folder)
+        is_usual = command is None and self.path == self._source and set(more) <= STREAMS
+        if is_usual and forks is not None and forks.can(variables):
+            return forks.start(arguments, variables, folder, more)
+        begin = [
+            self.bytecode if part == self._source else part for part in command or self.command
+        ]
+        return subprocess.Popen([*begin, *arguments], env=variables, cwd=folder, **more)
 
     def terminal(self, columns: int = 80) -> Terminal:
         """A new terminal, of which `end` can be a stream of the program."""
@@ -303,10 +329,40 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copy(str(real), str(tmp_path_factory.mktemp("program"))))
 
 
+@pytest.fixture(scope="session")
+def bytecode(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program as Python keeps it after an import, under its own name.
+
+    Python runs such a file as it runs the source, but need not compile it, which takes longer than
+    most questions. What is copied, read or imported by a test is the source.
+    """
+    path = tmp_path_factory.mktemp("bytecode") / program.name
+    return compiled(program, path)
+
+
+def compiled(source: Path, path: Path) -> Path:
+    """The path, at which now is the bytecode of a source; Python does not ask how old it is."""
+    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(source), str(path), doraise=True, invalidation_mode=unchecked)
+    return path
+
+
+@pytest.fixture(scope="session")
+def forks(program: Path, bytecode: Path) -> Iterator[Forks | None]:
+    """What forks the program, on Linux; with ONLY_STARTS in the environment nothing is forked."""
+    if sys.platform != "linux" or "ONLY_STARTS" in os.environ:
+        yield None
+        return
+    with Forks(program, bytecode) as forks:
+        yield forks
+
+
 @pytest.fixture
-def run(program: Path, tmp_path: Path, emulator: Emulator) -> Iterator[Program]:
+def run(
+    program: Path, bytecode: Path, forks: Forks | None, tmp_path: Path, emulator: Emulator
+) -> Iterator[Program]:
     """Runs the program in `tmp_path`; what the test does not plan is answered with "Paris."."""
-    runs = Program(program, tmp_path, emulator)
+    runs = Program(program, bytecode, forks, tmp_path, emulator)
     runs.plan(Reply(text="Paris."))
     with runs.stack:
         yield runs

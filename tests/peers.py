@@ -20,7 +20,7 @@ from typing import Any, Callable, List, NamedTuple
 
 SLACK = 10.0  # seconds that a busy machine may add
 FOR_EVER = 40.0  # seconds that an attack lasts: far more than any limit here and SLACK
-GAP = 0.1  # seconds between two drops
+GAP = 0.05  # seconds between two drops: the shortest limit is several of them
 EVENT_STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
 
@@ -38,7 +38,7 @@ class Peer:
         self._server = server
         self._connection = connection
         self._unread = b""
-        self.reading_pause = 0.0  # seconds between two reads
+        self.slow_until = 0.0  # until then, there is a pause after each read
 
     def read(self) -> Request:
         """The next request. Raises EOFError if the client has closed the connection."""
@@ -89,8 +89,9 @@ class Peer:
         if not data:
             raise EOFError
         self._unread += data
-        if self.reading_pause:
-            self.pause(self.reading_pause)
+        if time.monotonic() < self.slow_until:
+            self._server.received_slowly += len(data)
+            self.pause(0.2)
 
 
 Script = Callable[[Peer], None]  # what a server does with each connection
@@ -102,6 +103,7 @@ class Server:
     def __init__(self, script: Script, receive_buffer: int = 0) -> None:
         self.requests: List[Request] = []
         self.connections = 0
+        self.received_slowly = 0  # bytes
         self.stopping = threading.Event()
         self._script = script
         self._open: List[socket.socket] = []

@@ -63,13 +63,13 @@ SCENARIOS: Dict[str, Scenario] = {
     "503 with a hint": Scenario([Reply(503, headers={"retry-after": "60"})], NEXT),
     "reset": Scenario([Reply(fault="reset")], NEXT),
     "closed without a reply": Scenario([Reply(fault="close")], NEXT),
-    "no response": Scenario([Reply(fault="silence")], NEXT, idle_timeout=0.5),
+    "no response": Scenario([Reply(fault="silence")], NEXT, idle_timeout=0.2),
     "no response after the headers": Scenario(
-        [Reply(fault="silence-after-headers")], NEXT, idle_timeout=0.5
+        [Reply(fault="silence-after-headers")], NEXT, idle_timeout=0.2
     ),
-    "nothing but keep-alives": Scenario([Reply(fault="keep-alives")], NEXT, idle_timeout=0.5),
+    "nothing but keep-alives": Scenario([Reply(fault="keep-alives")], NEXT, idle_timeout=0.2),
     "first token in time": Scenario([Reply(text=ANSWER, delay=0.2)], "cerebras"),
-    "first token too late": Scenario([Reply(text=ANSWER, delay=60)], NEXT, idle_timeout=0.5),
+    "first token too late": Scenario([Reply(text=ANSWER, delay=60)], NEXT, idle_timeout=0.2),
     "cut": Scenario([Reply(text=ANSWER, fault="cut")], NEXT, breaks_live=True),
     "cut by a reset": Scenario([Reply(text=ANSWER, fault="reset-midway")], NEXT, breaks_live=True),
     "shorter than its length": Scenario([Reply(text=ANSWER, fault="short")], NEXT),

@@ -159,7 +159,7 @@ def test_the_first_in_line_gets_half_of_the_time(here: Emulator, verb: Any, faul
     """The other half is for the next one, who is ready; nobody is blamed for our hurry."""
     here.plan("cerebras", Reply(fault=fault, text="word " * 50))
     here.plan("groq", Reply(text="Paris."))
-    llm = program(timeout=2.0)
+    llm = program(timeout=1.0)
     assert verb(llm) == "Paris."
     assert trail(here) == [("cerebras", "m"), ("groq", "n")]
     assert llm.provider_health["cerebras"] == ProviderHealth()

@@ -92,6 +92,10 @@ def reader(run: Program) -> Program:
     (run.folder / "tests").mkdir()
     for name in CLONED:
         shutil.copy(str(ROOT / name), str(run.folder / name))
+    (run.folder / "__pycache__").mkdir()  # as it is after the first import
+    shutil.copy(
+        str(run.bytecode), importlib.util.cache_from_source(str(run.folder / "fallback_llm.py"))
+    )
     programs = run.folder / ".venv" / "bin"
     programs.mkdir(parents=True)
     (programs / "activate").touch()
