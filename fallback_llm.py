@@ -1412,7 +1412,6 @@ ELSEWHERE = {
     "api_key": "FallbackLLM(api_keys={...})",
     "api_keys": "FallbackLLM(api_keys={...})",
     "base_url": "a row: Provider(...), or the variable NAME_BASE_URL",
-    "providers": "FallbackLLM(providers=...)",
     "idle_timeout": "FallbackLLM(idle_timeout=...)",
     "retry_config": "FallbackLLM(retry_config)",
     "retries": "RetryConfig(max_attempts=...)",
@@ -4578,17 +4577,6 @@ class BatchJob:
     put: Callable[[Json], None]
     say: Callable[[str], None]
     redraw: Optional[Callable[[str], None]]  # replaces the last line of a terminal
-    ended: threading.Event  # set at the end: questions under way do not go on
-
-
-class BatchEnded(Exception):
-    """Ends a question that still waits when its batch has ended."""
-
-
-def sleep_in_batch(ended: threading.Event, seconds: float) -> None:
-    """Wait between two attempts. Raises BatchEnded if the batch ends first."""
-    if ended.wait(seconds):
-        raise BatchEnded
 
 
 class Batch:
@@ -4603,6 +4591,7 @@ class Batch:
             self._common["accept"] = is_json
         self._output: Optional[Output] = None
         self._put = job.put
+        self._ended = threading.Event()  # set at the end, whatever is still under way
         self._lock = threading.Lock()  # of all that follows
         self._counts: Dict[str, int] = collections.Counter()  # answers by provider
         self._reasons: Dict[str, int] = collections.Counter()  # of failed questions
@@ -4615,7 +4604,7 @@ class Batch:
         """Ask them all; 0 if now all have an answer."""
         lines = self._checked_lines()
         with contextlib.ExitStack() as stack:
-            stack.callback(self._job.ended.set)
+            stack.callback(self._ended.set)
             if self._job.output is not None:
                 self._output = Output(self._job.output, self._job.questions, self._warn)
                 stack.callback(self._output.close)
@@ -4687,7 +4676,7 @@ class Batch:
 
     def _ask(self, line: Line) -> None:
         """Ask a question and write its line. Runs in many threads."""
-        if self._job.ended.is_set():
+        if self._ended.is_set():
             return
         QUESTION_ID.set(str(line.id))
         result: Union[Answer, FallbackLLMError, ValueError]
@@ -4698,12 +4687,12 @@ class Batch:
         record = report_of(result, self._job.expects_json, **self._heading(line))
 
         with self._lock:
-            if self._job.ended.is_set():
+            if self._ended.is_set():
                 return
             try:
                 self._put(record)
             except BaseException:
-                self._job.ended.set()  # do not pay for answers that cannot be saved
+                self._ended.set()  # do not pay for answers that cannot be saved
                 raise
             if isinstance(result, Answer):
                 self._counts[result.provider] += 1
@@ -4772,7 +4761,7 @@ class Batch:
 
     def _tell_interruption(self) -> None:
         """Say how many answers there are, and how to resume."""
-        self._job.ended.set()
+        self._ended.set()
         if self._output is None:
             count = sum(self._counts.values())
             self._job.say(f"\n{answers_are(count)} written to stdout.")
@@ -5474,7 +5463,7 @@ def short_usage(parser: Parser) -> str:
     return "\n".join([parser.format_usage().strip(), *examples])
 
 
-def make_client(args: argparse.Namespace, console: Console, ended: threading.Event) -> FallbackLLM:
+def make_client(args: argparse.Namespace, console: Console) -> FallbackLLM:
     """The client that the options describe."""
     retry: Dict[str, Any] = {}
     for name in ("max_attempts", "base_delay", "max_delay"):
@@ -5489,7 +5478,7 @@ def make_client(args: argparse.Namespace, console: Console, ended: threading.Eve
     )
     sleep: Callable[[float], object] = console.sleep
     if args.batch is not None:
-        sleep = functools.partial(sleep_in_batch, ended)
+        sleep = time.sleep
     return FallbackLLM(config, timeout=args.timeout, idle_timeout=args.idle_timeout, sleep=sleep)
 
 
@@ -5727,7 +5716,7 @@ def say_statistics(llm: FallbackLLM, console: Console) -> None:
     console.say("\n".join(lines))
 
 
-def batch_job(args: argparse.Namespace, console: Console, ended: threading.Event) -> BatchJob:
+def batch_job(args: argparse.Namespace, console: Console) -> BatchJob:
     """What --batch and the other options ask for."""
     if args.batch == "-" and is_terminal(sys.stdin):
         explain_terminal(console)
@@ -5741,7 +5730,6 @@ def batch_job(args: argparse.Namespace, console: Console, ended: threading.Event
         put=console.put_json,
         say=console.say,
         redraw=console.redraw if console.can_redraw else None,
-        ended=ended,
     )
 
 
@@ -5750,15 +5738,14 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
     if sys.stdout is None:
         raise OSError("stdout is closed: there is no place for the answer")
     logger.debug("🚀 Initializing Fallback LLM System...")
-    ended = threading.Event()
-    with make_client(args, console, ended) as llm:
+    with make_client(args, console) as llm:
         try:
             if args.check:
                 code = check(llm, args, console)
             elif args.list_models:
                 code = list_models(llm, args, console)
             elif args.batch is not None:
-                code = Batch(llm, batch_job(args, console, ended)).run()
+                code = Batch(llm, batch_job(args, console)).run()
             else:
                 code = respond(llm, args, console)
         except FallbackLLMError as error:
