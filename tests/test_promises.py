@@ -103,7 +103,6 @@ ODD = [
     pytest.param(interim("101 Switching Protocols", "Upgrade: websocket"), id="101"),
     pytest.param(interim("204 No Content"), id="204"),
     pytest.param(interim("204 No Content", "Content-Length: 0"), id="204 with a length"),
-    pytest.param(interim("205 Reset Content", "Content-Length: 0"), id="205"),
     pytest.param(interim("304 Not Modified"), id="304"),
     pytest.param(interim("304 Not Modified", "Content-Length: 50"), id="304 with a length"),
     pytest.param(
