@@ -481,6 +481,7 @@ ORDERS: Any = [
     ("a fault leads to the other key", {"a1": fails(500)}, "a1 a2", "A"),
     ("no connection is the provider's", {"a1": DOWN}, "a1 c", "C"),
     ("silence leaves the provider", {"a1": SILENT}, "a1 c", "C"),
+    ("what a model cannot do, no key can", {"a1": fails(400)}, "a1 b1", "B"),
 ]
 
 
@@ -491,6 +492,14 @@ def test_the_order_of_several_keys(replies: Any, trail: str, text: str) -> None:
     """Every model is asked with each key before the next model; no wait comes between."""
     world = Keys(replies=replies)
     assert (world.llm.ask("Where?"), world.trail, world.slept) == (text, trail, [])
+
+
+def test_an_answer_that_is_not_accepted_is_not_asked_for_with_another_key() -> None:
+    """The same model would say the same."""
+    world = Keys()
+    with pytest.raises(AllProvidersFailed, match="3 models answered; none was accepted"):
+        world.llm.complete("Where?", accept=lambda text: False)
+    assert world.trail == "a1 b1 c"
 
 
 def test_keys_are_remembered_apart() -> None:

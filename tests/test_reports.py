@@ -9,13 +9,16 @@ from typing import Any, Iterator
 
 import pytest
 from fakes import DONE, EPOCH, Reply, World, event, fails, row, says
+from peers import Serve, page, replies
 
 from fallback_llm import (
     PROVIDERS,
     AllProvidersFailed,
     AnswerRefused,
+    FallbackLLM,
     FallbackLLMError,
     Provider,
+    RetryConfig,
     StreamInterrupted,
     judge,
 )
@@ -959,6 +962,20 @@ def test_a_spent_limit_is_waited_for() -> None:
     with pytest.raises(AllProvidersFailed) as failed:
         World({"a": [reply]}, providers=rows, max_attempts=1).llm.complete("Where?")
     assert failed.value.retry_after == pytest.approx(9)
+
+
+def test_headers_that_come_twice(serve: Serve) -> None:
+    """As they come over the wire: a list, of which the first valid one counts."""
+    for values in (("30", "30"), ("30s", "30"), ("soon", "30")):
+        lines = "".join(f"Retry-After: {value}\r\n" for value in values)
+        server = serve(replies(page(429, b"{}", more=lines)))
+        llm = FallbackLLM(
+            RetryConfig(max_attempts=1), providers=[Provider("one", server.url, None, ("m",))]
+        )
+        with pytest.raises(AllProvidersFailed) as failed:
+            llm.complete("Where?")
+        assert failed.value.retry_after is not None
+        assert 15 < failed.value.retry_after < 31
 
 
 # --- Parameters that some servers refuse --------------------------------------------------------
