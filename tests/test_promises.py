@@ -846,6 +846,13 @@ def test_a_key_that_is_written_in_another_way(
     assert shown_of(ODD_KEY, text) == 0
 
 
+@pytest.mark.parametrize("key", ["k", "no", "key"])
+def test_a_short_key_garbles_no_message(key: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A local server's key may be a letter; it is no secret, and stands in many a word."""
+    words = "The key of a local knight is known, notice all of it"
+    assert words in told(refusing(Reply(400, {"error": {"message": words}}), key), caplog)
+
+
 IDS = ["org-AbCdEfGh12345678IjKl", "org_01jq8m3x5v7n2k4p6r8t", "proj_AbCdEfGh12345678IjKl"]
 IDS += ["user-AbCdEfGh12345678IjKl", "user_2abcdefgh0123456789", "proj-0123456789abcdef"]
 
