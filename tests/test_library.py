@@ -80,7 +80,6 @@ BELONGS = [
     ("respons_format", {}, "response_format"),
     ("time_out", 5, "timeout"),
     ("mesages", [], "messages"),
-    ("top_k", 40, "extra_body"),
     ("min_p", 0.1, "extra_body"),
     ("foo", 7, "foo"),
     ("foo", None, "foo"),
