@@ -1015,6 +1015,6 @@ def test_keys_that_change_all_the_time_cost_nothing() -> None:
 
     use(0, 17)
     early = work_of(lambda: use(17, 3))
-    for number in (20, 50, 80):
+    for number in (20, 50, 80, 110, 140):
         use(number, 27)
-        assert work_of(lambda: use(number + 27, 3)) < 3 * early  # noqa: B023 - it is used at once
+        assert work_of(lambda: use(number + 27, 3)) < 2.5 * early  # noqa: B023 - it is used at once
