@@ -70,6 +70,7 @@ from typing import (
     Deque,
     Dict,
     Generator,
+    Generic,
     Iterable,
     Iterator,
     List,
@@ -478,7 +479,7 @@ ORDER_VARIABLE = "FALLBACK_LLM_PROVIDERS"  # the order of the providers where no
 
 def split_list(text: str) -> List[str]:
     """The words of a list such as "a, b"."""
-    return [word for word in re.split(r"[\s,]+", text) if word]
+    return [word for word in re.split(r"[\s,\"']+", text) if word]
 
 
 def env_files() -> List[str]:
@@ -761,20 +762,23 @@ class VerdictRule(NamedTuple):
     counts: bool  # against the model, in later questions
     asked_last_for: float  # seconds for which later questions ask it last; 0: the backoff
     advice: str
+    holds_for_all_keys: bool = False  # with another key the model would say the same
 
 
 VERDICT_RULES = {
     Verdict.RATE_LIMITED: VerdictRule(True, True, 0.0, "wait for the limit to end, or add a key"),
     Verdict.FAULT: VerdictRule(True, True, 0.0, "try again later"),
     Verdict.UNSUITABLE: VerdictRule(
-        False, False, 0.0, "change the question, max_tokens or the model"
+        False, False, 0.0, "change the question, max_tokens or the model", True
     ),
     Verdict.GONE: VerdictRule(
         False, True, 600.0, "choose another model (list_models shows them), or set {models}"
     ),
     Verdict.DENIED: VerdictRule(False, True, 600.0, "check {key} and the account: {url}"),
     Verdict.REFUSED: VerdictRule(False, False, 0.0, "change the question"),
-    Verdict.REJECTED: VerdictRule(False, False, 0.0, "ask for the expected form in the question"),
+    Verdict.REJECTED: VerdictRule(
+        False, False, 0.0, "ask for the expected form in the question", True
+    ),
 }
 
 
@@ -957,6 +961,7 @@ RULES: Sequence[Tuple[Ruling, str]] = (
     (DENIED, every(of_status("402"), has_code("payment_required* openrouter_key_limit"))),
     (UNPAID, of_status("402")),  # free models of the same key may answer (OpenRouter, 2026-10)
     (DENIED, DENIED_CODES),
+    (DENIED, says(r"api.?key (?:is )?(?:not valid|invalid)|(?:invalid|incorrect) api.?key")),
     (DOWN, says("check your network settings")),
     (DENIED, says(QUOTA)),
     # What breaks, and what is limited, is not about the question.
@@ -1462,18 +1467,16 @@ class Question:
             check_parameter_name(name)
         if self.accept is not None and not callable(self.accept):
             raise ValueError(f"accept must be a function of the text, not {quoted(self.accept)}")
-        if self.extra_body is not None and not isinstance(self.extra_body, dict):
-            raise ValueError(f"extra_body must be a dict, not {quoted(self.extra_body)}")
-        for name in ("stream", "n"):
-            if name in (self.extra_body or {}):
-                raise ValueError(f"{name} is not supported, in extra_body either")
         self.max_tokens = int(check_number("max_tokens", self.max_tokens))
-        if self.timeout is not None:
-            check_number("timeout", self.timeout)
-        if self.parameters.get("temperature") is not None:
-            check_number("temperature", self.parameters["temperature"])
+        for name, value in (
+            ("timeout", self.timeout),
+            ("temperature", self.parameters.get("temperature")),
+        ):
+            if value is not None:
+                check_number(name, value)
         if isinstance(self.provider, Iterator):
             self.provider = list(self.provider)
+        check_extra_body(self.extra_body)
         conversation(self.question, self.system, self.messages)
         if self.parameters or self.messages or self.extra_body:
             self.body("", {})  # ValueError for what JSON cannot carry
@@ -1528,12 +1531,23 @@ def check_parameter_name(name: object) -> None:
 
     import difflib
 
-    near = difflib.get_close_matches(name, [*PARAMETERS, *ELSEWHERE], 1, 0.7)
+    near = difflib.get_close_matches(name, [*PARAMETERS, *ELSEWHERE], 1, 0.81)
     if near:
         raise ValueError(f"unknown parameter {quoted(name)}: did you mean {near[0]!r}?")
     raise ValueError(
         f"unknown parameter {quoted(name)}: what a provider has of its own goes into extra_body"
     )
+
+
+def check_extra_body(fields: object) -> None:
+    """Raise ValueError unless these can be more fields of a request."""
+    if fields is None:
+        return
+    if not isinstance(fields, dict):
+        raise ValueError(f"extra_body must be a dict, not {quoted(fields)}")
+    for name in ("stream", "n"):
+        if name in fields:
+            raise ValueError(f"{name} is not supported, in extra_body either")
 
 
 def is_blank(text: str) -> bool:
@@ -1621,34 +1635,29 @@ def utf8_line(line: bytes) -> str:
 def events_in(lines: Iterable[str]) -> Iterator[Event]:
     """The events of a body; a body without any is one plain event at its end. Raises Failure."""
     data: List[str] = []  # of the event that is being read
-    plain: List[str] = []  # lines that are no fields of an event
-    size = 0
     kind = ""
-    is_stream = False
+    plain: Optional[List[str]] = []  # lines that are no fields of an event; None: it is a stream
+    size = 0
     for line in itertools.chain(lines, [""]):
+        size += len(line)
+        if size > MAX_EVENT:
+            raise Failure(Verdict.FAULT, "the reply is longer than any answer")
         name, _, value = line.partition(":")
         if name == "data":
             data.append(value)
         elif name == "event":
             kind = value.strip()
-        elif name not in ("", "id", "retry"):
+        elif line == "":
+            event = Event("\n".join(data).strip(), kind)
+            data.clear()
+            kind = ""
+            if event.data:
+                plain = None
+                size = 0
+                yield event
+        elif plain is not None and name not in ("", "id", "retry"):
             plain.append(line)
-        size += len(line)
-        if size > MAX_EVENT:
-            raise Failure(Verdict.FAULT, "the reply is longer than any answer")
-        if line:
-            continue
-
-        text = "\n".join(data).strip()
-        if text:
-            is_stream = True
-            yield Event(text, kind)
-        kind = ""
-        data.clear()
-        if is_stream:
-            plain.clear()
-            size = 0
-    if not is_stream:
+    if plain is not None:
         yield Event("\n".join(plain).strip(), is_plain=True)
 
 
@@ -2142,7 +2151,7 @@ def safe_line(text: str, secrets: Iterable[str]) -> str:
     return line[: MAX_LINE - 1] + "…"
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=256)
 def secret_pattern(secret: str) -> Pattern[str]:
     """Finds a secret in any case, also URL-encoded, or broken by blanks."""
     gap = "[\\s\u00ad\u200b-\u200f\u2060\ufeff]{0,4}"
@@ -2731,29 +2740,21 @@ def connect_problem(causes: Sequence[BaseException]) -> str:
 
 
 class Candidate(NamedTuple):
-    """A model of a provider, and the key to ask it with."""
+    """A model of a provider, and the account to ask it with."""
 
     row: Provider
     model: str
-    position: str = "1/1"  # its place among the models of its provider, such as 2/3
-    key: str = ""
-    number: int = 1  # of the key
-    has_twins: bool = False  # the provider has other keys
+    position: str  # its place among the models of its provider, such as 2/3
+    account: Account
+    key: str  # "": the provider needs none
 
     @property
     def label(self) -> str:
         """The name of its account: "groq", or "groq (key 2)"."""
-        return label_of(self.row.name, self.number, self.has_twins)
+        return self.account.label
 
     def __repr__(self) -> str:
         return f"<{self.label} {self.model}>"
-
-
-def label_of(provider: str, number: int, has_twins: bool) -> str:
-    """The name of an account, which tells keys apart where there are several."""
-    if has_twins:
-        return f"{provider} (key {number})"
-    return provider
 
 
 @dataclasses.dataclass(eq=False)
@@ -2844,7 +2845,7 @@ def lane_keys(candidate: Candidate, reach: Reach = Reach.MODEL) -> List[LaneKey]
     """The lanes that a candidate is in, from the one with this reach on."""
     name = candidate.row.name
     key = candidate.key
-    keys = [(name, key, candidate.model), (name, key, ""), (name, "", "")]
+    keys: List[LaneKey] = [(name, key, candidate.model), (name, key, ""), (name, "", "")]
     return keys[list(Reach).index(reach) :]
 
 
@@ -3122,53 +3123,82 @@ def room_in(headers: Mapping[str, str], tokens: int) -> Optional[int]:
 
 
 class Roster:
-    """The providers that can be asked: their rows, keys and models, in their order."""
+    """Who can be asked, and how: what the attributes of a client say.
+
+    `change` sets them; lists and dicts may also be changed in place, so they are checked again
+    when they are used.
+    """
+
+    retry_config: RetryConfig
+    timeout: Optional[float]
+    idle_timeout: Optional[float]
 
     def __init__(
-        self,
-        providers: Optional[Iterable[Provider]],
-        api_keys: Mapping[str, Optional[str]],
+        self, providers: Optional[Sequence[Provider]], api_keys: Mapping[str, Optional[str]]
     ) -> None:
         settings = Settings()
-        self._problems = settings.problems
-        self._sources: Dict[str, Tuple[str, str]] = {}  # the keys that were found, and where
-        self._flaws: Dict[str, str] = {}  # of addresses in the environment
-        self.given_keys = dict(api_keys)  # to the constructor
         self.all_rows: Dict[str, Provider] = {}
         self.models: Dict[str, List[str]] = {}
         self.api_keys: Dict[str, Optional[str]] = {}
+        self.given_keys = dict(api_keys)  # to the constructor
+        self._problems = settings.problems
+        self._found: Dict[str, Tuple[str, str]] = {}  # keys, and where they were found
+        self._flaws: Dict[str, str] = {}  # of rows of the environment; they matter when asked
 
-        rows = list(PROVIDERS if providers is None else providers)
-        own_rows = rows_from_environment(settings) if providers is None else []
-        for row in [*rows, *own_rows]:
+        for row in PROVIDERS if providers is None else providers:
             if not isinstance(row, Provider):
                 raise ValueError(f"providers must be rows (Provider), not {quoted(row)}")
+            self._add(dataclasses.replace(row, base_url=address_of(row)), settings)
+        self.fallback_order = list(self.all_rows)
+        if providers is None:
+            self._add_rows_of_environment(settings)
+
+        self.check_keys(self.given_keys)
+        for name, given in self.given_keys.items():
+            row = self.rows([name])[0]
+            self.api_keys[row.name] = given
+            if given and is_clear_text(row.base_url):
+                name = row.variable("BASE_URL")
+                raise ValueError(f"{name} must be https://... for a provider with a key")
+
+    def _add(self, row: Provider, settings: Settings) -> None:
+        """Add a row, with its key and models."""
+        self.all_rows[row.name] = row
+        self.models[row.name] = settings.models(row)
+        key, source = settings.find(row.key_env) if row.key_env else ("", "")
+        self._found[row.name] = (key, source)
+        is_set = bool(key) and not only_placeholders(key)
+        self.api_keys[row.name] = key if is_set else None
+        for account, _ in self.accounts_of(row):
+            if is_set and account.problem:
+                logger.warning("⚠️  %s", account.problem)
+
+    def _add_rows_of_environment(self, settings: Settings) -> None:
+        """Add the rows that variables make, and take the order from a variable, too."""
+        for row in rows_from_environment(settings):
             try:
                 row = dataclasses.replace(row, base_url=address_of(row))
             except ValueError as error:
-                if row not in own_rows:
-                    raise
-                self._flaws[row.name] = str(error)  # it matters only if this row is asked
-            self.all_rows[row.name] = row
-            self.models[row.name] = settings.models(row)
-            key, source = settings.find(row.key_env) if row.key_env else ("", "")
-            self._sources[row.name] = (key, source)
-            self.api_keys[row.name] = None if only_placeholders(key) else key or None
-            problem = self._problem(row, key) if self.api_keys[row.name] else ""
-            if problem and "," not in key:
-                logger.warning("⚠️  %s", problem)
+                self._flaws[row.name] = str(error)
+            self._add(row, settings)
+        order = split_list(os.environ.get(ORDER_VARIABLE, ""))
         self.fallback_order = list(self.all_rows)
-        if providers is None and stripped(os.environ.get(ORDER_VARIABLE)):
-            names = split_list(os.environ[ORDER_VARIABLE])
-            self.fallback_order = [row.name for row in self.rows(names, ORDER_VARIABLE)]
+        if order:
+            self.fallback_order = [row.name for row in self.rows(order, ORDER_VARIABLE)]
 
-        self.check_keys(self.given_keys)
-        for name, given in api_keys.items():
-            row = self.rows([name], "api_keys")[0]
-            self.api_keys[row.name] = given
-            if any(self.keys_of(row)) and is_clear_text(row.base_url):
-                name = row.variable("BASE_URL")
-                raise ValueError(f"{name} must be https://... for a provider with a key")
+    def change(self, name: str, value: Any) -> None:
+        """Set an attribute. Raises ValueError, with its name, for a value that cannot be right."""
+        if name == "retry_config" and not isinstance(value, RetryConfig):
+            raise ValueError(f"retry_config must be a RetryConfig, not {quoted(value)}")
+        if name in ("timeout", "idle_timeout") and value is not None:
+            check_number(name, value)
+        if name == "fallback_order":
+            self.rows(value, name)
+        if name == "api_keys":
+            self.check_keys(value)
+        if name == "models":
+            self.check_models(value)
+        setattr(self, name, value)
 
     def rows(self, names: Names = None, what: str = "provider") -> List[Provider]:
         """The rows of these providers, None for all, in their order. Raises ValueError."""
@@ -3188,13 +3218,6 @@ class Roster:
             raise ValueError(f"{what} must be one or more of {known}, not {wrong}")
         return [self.all_rows[name] for name in dict.fromkeys(found)]
 
-    def keys_of(self, row: Provider) -> List[str]:
-        """The keys of a provider, [""] if it has none. Raises ValueError."""
-        self.check_keys(self.api_keys)
-        text = self.api_keys.get(row.name) or ""
-        keys = [stripped(part) for part in text.split(",")]
-        return list(dict.fromkeys(key for key in keys if key)) or [""]
-
     def check_keys(self, keys: object) -> None:
         """Raise ValueError unless these can be the keys of the providers."""
         if not isinstance(keys, dict):
@@ -3212,33 +3235,42 @@ class Roster:
         for name, ids in models.items():
             check_models(f"models[{name!r}]", ids)
 
+    def models_of(self, row: Provider) -> List[str]:
+        """The models of a provider. Raises ValueError if they are no list of ids."""
+        self.check_models(self.models)
+        return self.models.get(row.name, [])
+
+    def accounts_of(self, row: Provider) -> List[Tuple[Account, str]]:
+        """The accounts of a provider, each with its key. Raises ValueError."""
+        self.check_keys(self.api_keys)
+        text = self.api_keys.get(row.name) or ""
+        source = "api_keys"
+        if self._found[row.name][0] == text:
+            source = self._found[row.name][1]
+        parts = [stripped(part) for part in text.split(",")]
+        keys = list(dict.fromkeys(key for key in parts if key)) or [""]
+        accounts = []
+        for number, key in enumerate(keys, 1):
+            label = row.name
+            if len(keys) > 1:
+                label = f"{row.name} (key {number})"
+            account = Account(row.name, number, label, self._problem(row, key), source)
+            accounts.append((account, key))
+        return accounts
+
+    def accounts(self, names: Names = None) -> List[Account]:
+        """The accounts of these providers, in the order in which they are asked."""
+        accounts: List[Account] = []
+        for row in self.rows(names):
+            accounts.extend(account for account, _ in self.accounts_of(row))
+        return accounts
+
     def all_keys(self) -> List[str]:
         """The keys of all providers."""
         keys: List[str] = []
         for row in self.all_rows.values():
-            keys.extend(self.keys_of(row))
+            keys.extend(key for _, key in self.accounts_of(row))
         return keys
-
-    def accounts(self, names: Names = None) -> List[Account]:
-        """The keys of these providers, in the order in which they are asked. Raises ValueError."""
-        accounts = []
-        for row in self.rows(names):
-            keys = self.keys_of(row)
-            found, source = self._sources[row.name]
-            if self.api_keys.get(row.name) != found:
-                source = "api_keys"
-            for number, key in enumerate(keys, 1):
-                label = label_of(row.name, number, len(keys) > 1)
-                problem = self._problem(row, key)
-                accounts.append(Account(row.name, number, label, problem, source if key else ""))
-        return accounts
-
-    def key(self, account: Account) -> str:
-        """The key of an account, "" if it has none any more."""
-        keys = self.keys_of(self.all_rows[account.provider])
-        if account.number <= len(keys):
-            return keys[account.number - 1]
-        return ""
 
     def _problem(self, row: Provider, key: str) -> str:
         """Why a provider cannot be asked with this key, "" if it can."""
@@ -3250,45 +3282,40 @@ class Roster:
         if key and is_clear_text(row.base_url):
             return f"{name} would go to {row.base_url} in clear text"
         flaw = flaw_of(key)
-        if not key and self._sources[row.name][0]:
+        if not key and self._found[row.name][0]:
             flaw = "holds a placeholder"
-        if not flaw:
-            return ""
-        if row.key_url:
-            return f"{name} {flaw} → get a key: {row.key_url}"
-        return f"{name} {flaw}"
+        if flaw and row.key_url:
+            flaw += f" → get a key: {row.key_url}"
+        return f"{name} {flaw}" if flaw else ""
 
     def usable_rows(self, names: Names = None) -> List[Provider]:
         """The rows that have a key, or need none. Raises NoProviderError if there is none."""
-        rows = []
-        for row in self.rows(names):
-            if not all(self._problem(row, key) for key in self.keys_of(row)):
-                rows.append(row)
-        if rows:
-            return rows
-        raise NoProviderError(self._without_keys(self.rows(names)))
+        rows = self.rows(names)
+        usable = [a.provider for a in self.accounts([row.name for row in rows]) if not a.problem]
+        if usable:
+            return [row for row in rows if row.name in usable]
+        raise NoProviderError(self._without_keys(rows))
 
     def _without_keys(self, rows: Sequence[Provider]) -> str:
         """The message that none of these rows can be asked, with what to do."""
-        problems = [f"   {account.label}: {account.problem}" for account in self.accounts(None)]
+        names = [row.name for row in rows]
+        problems = [f"   {account.label}: {account.problem}" for account in self.accounts(names)]
         others = [a.label for a in self.accounts(list(self.all_rows)) if not a.problem]
         if others:
-            names = ", ".join(row.name for row in rows)
-            lines = [f"No usable key for {names}"]
-            for account in self.accounts([row.name for row in rows]):
-                lines.append(f"   {account.label}: {account.problem}")
-            lines.append(f"   {', '.join(others)} could answer → leave provider out, or choose it")
-            return "\n".join(lines)
+            advice = f"   {', '.join(others)} could answer → leave provider out, or choose it"
+            return "\n".join([f"No usable key for {', '.join(names)}", *problems, advice])
 
         lines = ["No API keys found! Please set environment variables:"]
         lines.append("   " + ", ".join(row.key_env or row.name for row in rows))
         lines.extend(problems)
-        unfinished = [row for row in rows if self._sources[row.name][0]]
-        for row in unfinished or rows:
-            if row.key_env and (row.key_note or len(rows) == 1 or unfinished):
-                note = f" ({row.key_note})" if row.key_note else ""
-                lines.append(f"   One is enough{note}: export {row.key_env}=...   (or in .env)")
-                break
+        unfinished = [row for row in rows if self._found[row.name][0]]
+        recommended = [row for row in rows if row.key_note]
+        best = [*unfinished, *recommended, *rows][0]
+        if best.key_env:
+            note = f" ({best.name}: {best.key_note})" if best.key_note else ""
+            lines.append(
+                f"   One is enough{note}: export {best.key_env}=...   (or put it into .env)"
+            )
         lines.extend(f"   {problem}" for problem in self._problems)
         return "\n".join(lines)
 
@@ -3311,19 +3338,13 @@ class Roster:
 
     def candidates_of(self, row: Provider, models: Sequence[str]) -> List[Candidate]:
         """These models of a provider, each with all keys before the next one."""
-        keys = self.keys_of(row)
+        accounts = [(account, key) for account, key in self.accounts_of(row) if not account.problem]
         candidates = []
         for place, model in enumerate(models, 1):
-            for number, key in enumerate(keys, 1):
-                if not self._problem(row, key):
-                    position = f"{place}/{len(models)}"
-                    candidates.append(Candidate(row, model, position, key, number, len(keys) > 1))
+            position = f"{place}/{len(models)}"
+            for account, key in accounts:
+                candidates.append(Candidate(row, model, position, account, key))
         return candidates
-
-    def models_of(self, row: Provider) -> List[str]:
-        """The models of a provider. Raises ValueError if they are no list of ids."""
-        self.check_models(self.models)
-        return self.models.get(row.name, [])
 
     def _model_of(self, names: Names, model: str) -> Tuple[Names, str]:
         """The providers to ask for a model, which may be "provider:model", and its id."""
@@ -3347,12 +3368,13 @@ class Roster:
 
     def nearest_model(self, candidate: Candidate) -> str:
         """What may have been meant by a model that is gone, "" if nothing is like it."""
-        name, model = candidate.row.name, candidate.model
-        provider, slash, rest = model.partition("/")
+        provider, slash, rest = candidate.model.partition("/")
         if slash and rest in self.models.get(provider, ()):
             return f"{provider}:{rest}"
-        listed = self.models[name]
-        return "" if model in listed else nearest(model, listed)
+        listed = self.models[candidate.row.name]
+        if candidate.model in listed:
+            return ""
+        return nearest(candidate.model, listed)
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -3427,11 +3449,12 @@ class Queue:
         end = 1 + max(turn.place for turn in self._line)
         jitter = 0.8 + 0.2 * self._chance() if self._config.jitter else 1.0
         reached = lane_keys(asked.candidate, failure.reach)[0]
+        twins = twins_of(asked, self._line) if failure.rule.holds_for_all_keys else [asked]
         for turn in list(self._line):
             is_sibling = turn.candidate.row is asked.candidate.row
             if failure.cause is Cause.SILENCE and is_sibling:
                 turn.place = end
-            if reached in lane_keys(turn.candidate):
+            if turn in twins or reached in lane_keys(turn.candidate):
                 self._punish(turn, failure, jitter, now, end)
         if asked.place == end:
             asked.place = end + 1  # behind its siblings
@@ -3483,7 +3506,8 @@ class Queue:
             if max(turn.wait, turn.hold) <= max(patience, 0.0):
                 chosen = turn
                 break
-        chosen = soonest_twin(chosen, turns)
+        # The same model with another key may be ready sooner.
+        chosen = min(twins_of(chosen, turns), key=lambda turn: max(turn.wait, turn.hold))
         if chosen.wait > longest:
             return None
         # Our own pacing is no reason to give up.
@@ -3492,11 +3516,10 @@ class Queue:
         return chosen
 
 
-def soonest_twin(chosen: Turn, turns: Sequence[Turn]) -> Turn:
-    """The same model with the key that is ready first."""
-    row, model = chosen.candidate.row, chosen.candidate.model
-    twins = [t for t in turns if t.candidate.row is row and t.candidate.model == model]
-    return min(twins, key=lambda turn: max(turn.wait, turn.hold))
+def twins_of(turn: Turn, line: Sequence[Turn]) -> List[Turn]:
+    """The turns of the same model, one for each key."""
+    row, model = turn.candidate.row, turn.candidate.model
+    return [t for t in line if t.candidate.row is row and t.candidate.model == model]
 
 
 # --- 8. FallbackLLM: the public methods and the walk --------------------------------------------
@@ -3504,6 +3527,7 @@ def soonest_twin(chosen: Turn, turns: Sequence[Turn]) -> Turn:
 ANSWER_CUT = "✂️  answer cut at max_tokens"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 Outcome = Union[Answer, FallbackLLMError, ValueError]  # of one question among many
 # A models list also holds models that do not chat.
 NOT_CHAT = re.compile("whisper|tts|speech|audio|embed|rerank|image|ocr")
@@ -3610,7 +3634,7 @@ class Trail:
             reason=failure.reason if failure else "",
             waited=self._waited,
             elapsed=self._clock() - turn.begun,
-            key=turn.candidate.number,
+            key=turn.candidate.account.number,
             request_id=draft.request_id,
         )
         self.attempts.append(attempt)
@@ -3812,10 +3836,8 @@ class Parts:
         self.transport.renew()
         self.health.renew()
 
-    def served(self, account: Account, deadline: float) -> List[Json]:
+    def served(self, row: Provider, key: str, deadline: float) -> List[Json]:
         """The entries of a provider's own models list. Raises Failure if it cannot be had."""
-        row = self.roster.all_rows[account.provider]
-        key = self.roster.key(account)
         entries = self.transport.get(row, "/models", key, deadline).get("data")
         found = []
         for entry in entries if isinstance(entries, list) else []:
@@ -3823,6 +3845,41 @@ class Parts:
             if isinstance(name, str) and self.transport.safe(name, key) == name:
                 found.append(entry)
         return found
+
+    def check(self, row: Provider, account: Account, key: str, deadline: float) -> CheckReport:
+        """Whether a key is accepted, and which of the listed models are served."""
+        if account.problem:
+            return CheckReport(account.label, "missing", reason=account.problem)
+        started = self.clock()
+        report = CheckReport(account.label)
+        try:
+            if row.key_path != "/models":
+                self.transport.get(row, row.key_path, key, deadline)
+            served = [entry["id"] for entry in self.served(row, key, deadline)]
+            for model in self.roster.models_of(row):
+                (report.served if model in served else report.not_served).append(model)
+        except Failure as failure:
+            state = "refused" if failure.verdict is Verdict.DENIED else "not checked"
+            report = CheckReport(account.label, state, reason=failure.summary or failure.reason)
+        return dataclasses.replace(report, seconds=round(self.clock() - started, 3))
+
+    def model_list(self, row: Provider, deadline: float) -> ModelList:
+        """The models of a provider: those that are asked, and then what else it serves."""
+        account, key = self.roster.accounts_of(row)[0]
+        asked = list(self.roster.models_of(row))
+        served: List[str] = []
+        problem = account.problem
+        try:
+            if not problem:
+                entries = self.served(row, key, deadline)
+                served = [e["id"] for e in entries if is_chat_model(e, row.free_only)]
+                kind = "free model" if row.free_only else "chat model"
+                problem = "" if served else f"there is no {kind} in its own list"
+        except Failure as failure:
+            problem = failure.summary or failure.reason
+        models = [model for model in asked if model in served or not served]
+        models.extend(model for model in served if model not in asked)
+        return ModelList(row.name, models, asked, problem)
 
 
 FORKED: weakref.WeakSet[Parts] = weakref.WeakSet()  # renewed in each new process
@@ -3858,18 +3915,16 @@ class Walk:
         question: Question,
         candidates: List[Candidate],
         parts: Parts,
-        config: RetryConfig,
-        timeout: float,
-        idle_timeout: Optional[float],
         cancelled: threading.Event,
         is_live: bool = False,
     ) -> None:
+        roster = parts.roster
+        limits = [limit for limit in (question.timeout, roster.timeout) if limit is not None]
         self._question = question
         self._candidates = candidates
         self._parts = parts
-        self._config = config
-        self._timeout = timeout
-        self._idle_timeout = idle_timeout
+        self._config = roster.retry_config
+        self._timeout = [*limits, math.inf][0]
         self._cancelled = cancelled
         self._is_live = is_live
 
@@ -3957,7 +4012,7 @@ class Walk:
         """The text of an answer as it comes. Raises Failure."""
         candidate = turn.candidate
         deadline = self._line.deadline_for(turn)
-        idle_timeout = self._idle_timeout or candidate.row.idle_timeout
+        idle_timeout = self._parts.roster.idle_timeout or candidate.row.idle_timeout
         is_share = deadline < self._deadline
         limit = TimeLimit(self._parts.clock, deadline, idle_timeout, is_share)
         with_options = candidate.row.name not in self._parts.without_options
@@ -4021,9 +4076,10 @@ class Walk:
 
             served = None
             with contextlib.suppress(Failure):
-                usable = [a for a in self._parts.roster.accounts(row.name) if not a.problem]
-                if usable:
-                    served = self._parts.served(usable[0], (now + self._deadline) / 2)
+                for account, key in self._parts.roster.accounts_of(row):
+                    if not account.problem:
+                        served = self._parts.served(row, key, (now + self._deadline) / 2)
+                        break
             chatting = [e["id"] for e in served or () if is_chat_model(e, row.free_only)]
             found = [model for model in chatting if model not in gone][:MOST_REPLACEMENTS]
             if found:
@@ -4106,6 +4162,24 @@ def count_of(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+class Setting(Generic[Value]):
+    """An attribute of a client that refuses a wrong value at once, with ValueError."""
+
+    def __init__(self, words: str) -> None:
+        self.__doc__ = words
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, client: Any, owner: Optional[type] = None) -> Value:
+        if client is None:
+            return cast(Value, self)
+        return cast(Value, getattr(client._roster, self._name))
+
+    def __set__(self, client: Any, value: Value) -> None:
+        client._roster.change(self._name, value)
+
+
 class Stream(Iterator[str]):
     """The text of an answer, piece by piece as it comes.
 
@@ -4146,6 +4220,13 @@ class FallbackLLM:
     or dict that is changed, at the next question.
     """
 
+    retry_config = Setting[RetryConfig]("How often a model is asked, and how long to wait.")
+    timeout = Setting[Optional[float]]("The time limit of a whole question; None: there is none.")
+    idle_timeout = Setting[Optional[float]]("Seconds without progress; None: those of each row.")
+    fallback_order = Setting[List[str]]("The names of the providers, in the order of asking.")
+    api_keys = Setting[Dict[str, Optional[str]]]("The key of each provider, or several as 'a,b'.")
+    models = Setting[Dict[str, List[str]]]("The models of each provider, in the order of asking.")
+
     def __init__(
         self,
         retry_config: Optional[RetryConfig] = None,
@@ -4169,9 +4250,6 @@ class FallbackLLM:
         """
         if api_keys is not None and not isinstance(api_keys, Mapping):
             raise ValueError(f"api_keys must be a dict, not {type(api_keys).__name__}")
-        self.retry_config = RetryConfig() if retry_config is None else retry_config
-        self.timeout = timeout
-        self.idle_timeout = idle_timeout
         rows = None if providers is None else tuple(providers)
         self._settings: Dict[str, Any] = {
             "providers": rows,
@@ -4181,6 +4259,9 @@ class FallbackLLM:
             "chance": chance,
         }
         self._roster = Roster(rows, api_keys or {})
+        self.retry_config = RetryConfig() if retry_config is None else retry_config
+        self.timeout = timeout
+        self.idle_timeout = idle_timeout
         self._parts = Parts(
             roster=self._roster,
             health=Health(clock, wall_clock),
@@ -4220,80 +4301,17 @@ class FallbackLLM:
         self._parts.transport.close()
 
     @property
-    def retry_config(self) -> RetryConfig:
-        """How many times a model is asked, and how long to wait in between."""
-        return self._retry_config
-
-    @retry_config.setter
-    def retry_config(self, config: RetryConfig) -> None:
-        if not isinstance(config, RetryConfig):
-            raise ValueError(f"retry_config must be a RetryConfig, not {quoted(config)}")
-        self._retry_config = config
-
-    @property
-    def timeout(self) -> Optional[float]:
-        """The time limit of a whole question, in seconds; None: there is none."""
-        return self._timeout
-
-    @timeout.setter
-    def timeout(self, seconds: Optional[float]) -> None:
-        if seconds is not None:
-            check_number("timeout", seconds)
-        self._timeout = seconds
-
-    @property
-    def idle_timeout(self) -> Optional[float]:
-        """The seconds without progress that end an attempt; None: those of each row."""
-        return self._idle_timeout
-
-    @idle_timeout.setter
-    def idle_timeout(self, seconds: Optional[float]) -> None:
-        if seconds is not None:
-            check_number("idle_timeout", seconds)
-        self._idle_timeout = seconds
-
-    @property
-    def fallback_order(self) -> List[str]:
-        """The names of the providers, in the order in which they are asked."""
-        return self._roster.fallback_order
-
-    @fallback_order.setter
-    def fallback_order(self, names: List[str]) -> None:
-        self._roster.rows(names, "fallback_order")
-        self._roster.fallback_order = names
-
-    @property
-    def api_keys(self) -> Dict[str, Optional[str]]:
-        """The key of each provider, or several as "a,b"; None where it is not set."""
-        return self._roster.api_keys
-
-    @api_keys.setter
-    def api_keys(self, keys: Dict[str, Optional[str]]) -> None:
-        self._roster.check_keys(keys)
-        self._roster.api_keys = keys
-
-    @property
-    def models(self) -> Dict[str, List[str]]:
-        """The models of each provider, in the order in which they are asked."""
-        return self._roster.models
-
-    @models.setter
-    def models(self, models: Dict[str, List[str]]) -> None:
-        self._roster.check_models(models)
-        self._roster.models = models
-
-    @property
     def provider_health(self) -> Dict[str, ProviderHealth]:
         """What is known of each provider now, and of each key where a provider has several."""
         health: Dict[str, ProviderHealth] = {}
-        for account in self._roster.accounts(list(self._roster.all_rows)):
-            key = self._roster.key(account)
-            known = self._parts.health.of_account(account.provider, key, not account.problem)
-            health[account.label] = known
-            best = health.get(account.provider, known)
-            states = list(ProviderStatus)
-            if states.index(known.status) <= states.index(best.status):
-                health[account.provider] = dataclasses.replace(known)
+        states = list(ProviderStatus)
+        for row in self._roster.all_rows.values():
+            for account, key in self._roster.accounts_of(row):
+                known = self._parts.health.of_account(row.name, key, not account.problem)
+                health[account.label] = known
+                best = health.setdefault(row.name, known)  # the provider is as well as its best key
+                if states.index(known.status) < states.index(best.status):
+                    health[row.name] = known
         return health
 
     def accounts(self, provider: Names = None) -> List[Account]:
@@ -4428,13 +4446,16 @@ class FallbackLLM:
 
         Yields each report as it is known. timeout: seconds for all of them together.
         """
-        accounts = self._roster.accounts(provider)
         deadline = self._parts.clock() + (CHECK_TIMEOUT if timeout is None else timeout)
-        pool = Workers(lambda account: self._check(account, deadline), len(accounts))
-        for number, account in enumerate(accounts):
-            pool.submit(number, account)
+        todo = []
+        for row in self._roster.rows(provider):
+            for account, key in self._roster.accounts_of(row):
+                todo.append(functools.partial(self._parts.check, row, account, key, deadline))
+        pool = Workers(lambda check: check(), len(todo))
+        for number, check in enumerate(todo):
+            pool.submit(number, check)
         try:
-            for _ in accounts:
+            for _ in todo:
                 yield pool.next_result()[1]
         finally:
             pool.stop()
@@ -4443,25 +4464,8 @@ class FallbackLLM:
         self, provider: Names = None, timeout: Optional[float] = None
     ) -> List[ModelList]:
         """The models that these providers serve: those that are asked first, in their order."""
-        lists = []
-        for row in self._roster.rows(provider):
-            deadline = self._parts.clock() + (CHECK_TIMEOUT if timeout is None else timeout)
-            account = self._roster.accounts(row.name)[0]
-            asked = list(self._roster.models_of(row))
-            served: List[str] = []
-            problem = account.problem
-            try:
-                if not problem:
-                    entries = self._parts.served(account, deadline)
-                    served = [e["id"] for e in entries if is_chat_model(e, row.free_only)]
-                    kind = "free model" if row.free_only else "chat model"
-                    problem = "" if served else f"there is no {kind} in its own list"
-            except Failure as failure:
-                problem = failure.summary or failure.reason
-            models = [model for model in asked if model in served or not served]
-            models.extend(model for model in served if model not in asked)
-            lists.append(ModelList(row.name, models, asked, problem))
-        return lists
+        deadline = self._parts.clock() + (CHECK_TIMEOUT if timeout is None else timeout)
+        return [self._parts.model_list(row, deadline) for row in self._roster.rows(provider)]
 
     def get_stats(self) -> Dict[str, int]:
         """Counts since the last reset. A request is a question; a 429 reply is rate-limited."""
@@ -4471,42 +4475,11 @@ class FallbackLLM:
         """Set all counts to zero."""
         self._parts.health.reset_counts()
 
-    def _check(self, account: Account, deadline: float) -> CheckReport:
-        """Whether a key is accepted, and which of the listed models are served."""
-        if account.problem:
-            return CheckReport(account.label, "missing", reason=account.problem)
-        row = self._roster.all_rows[account.provider]
-        started = self._parts.clock()
-        report = CheckReport(account.label)
-        try:
-            if row.key_path != "/models":
-                key = self._roster.key(account)
-                self._parts.transport.get(row, row.key_path, key, deadline)
-            served = [entry["id"] for entry in self._parts.served(account, deadline)]
-            for model in self._roster.models_of(row):
-                (report.served if model in served else report.not_served).append(model)
-        except Failure as failure:
-            state = "refused" if failure.verdict is Verdict.DENIED else "not checked"
-            report = CheckReport(account.label, state, reason=failure.summary or failure.reason)
-        return dataclasses.replace(report, seconds=round(self._parts.clock() - started, 3))
-
     def _walk(self, question: Question, cancelled: threading.Event, is_live: bool = False) -> Walk:
         """The walk of a checked question. Raises ValueError, and NoProviderError."""
         self.retry_config.validate()
         candidates = self._roster.candidates(question.provider, question.model)
-        timeout = question.timeout
-        if timeout is None:
-            timeout = self.timeout
-        return Walk(
-            question,
-            candidates,
-            self._parts,
-            self.retry_config,
-            math.inf if timeout is None else timeout,
-            self.idle_timeout,
-            cancelled,
-            is_live,
-        )
+        return Walk(question, candidates, self._parts, cancelled, is_live)
 
     def _complete(self, question: Question, cancelled: Optional[threading.Event] = None) -> Answer:
         """The answer to a checked question."""
@@ -4639,7 +4612,7 @@ class Batch:
             try:
                 line = read_line(number, words.strip())
                 if line.id in seen:
-                    raise ValueError(f"duplicate id {line.id!r:.60}")
+                    raise ValueError(f"duplicate id {quoted(line.id)}")
                 seen.add(line.id)
                 self._llm.validate(**{**self._common, **line.arguments})
             except (ValueError, TypeError, RecursionError, NoProviderError) as error:
@@ -4974,9 +4947,6 @@ def read_line(number: int, text: str) -> Line:
     if "custom_id" in said and isinstance(said.get("body"), dict):  # OpenAI's batch form
         line_id = said["custom_id"]
         columns = said["body"]
-        url = said.get("url")
-        if url is not None and not str(url).endswith("/chat/completions"):
-            raise ValueError(f"url must be /v1/chat/completions, not {url!r:.60}")
 
     digest = digest_of(columns)
     arguments = {name: value for name, value in columns.items() if value is not None}
@@ -4995,8 +4965,9 @@ def said_in(text: str) -> Json:
     if text.startswith("{"):
         said: Json = json.loads(text, parse_constant=lambda name: None)  # NaN is for gaps
         return said
-    value = parsed(text.encode()) if text.startswith('"') else None
-    return {"question": value if isinstance(value, str) else text}
+    if text.startswith('"'):
+        return {"question": parsed(text)}
+    return {"question": text}
 
 
 def id_of(value: object, number: int) -> LineId:
@@ -5007,7 +4978,7 @@ def id_of(value: object, number: int) -> LineId:
         return int(value)  # 3.0, as pandas writes a column with gaps
     if isinstance(value, (str, int)) and not isinstance(value, bool):
         return value
-    raise ValueError(f"id must be a text or a whole number, not {value!r:.60}")
+    raise ValueError(f"id must be a text or a whole number, not {quoted(value)}")
 
 
 def is_argument(name: str, given: Json) -> bool:
@@ -5334,7 +5305,8 @@ def number(name: str) -> Callable[[str], float]:
             value: float = rule.kind(text)
             check_number(name, value)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {rule.allowed}, not {text!r}") from None
+            shown = quoted(text)
+            raise argparse.ArgumentTypeError(f"must be {rule.allowed}, not {shown}") from None
         return value
 
     return read
