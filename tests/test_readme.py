@@ -255,7 +255,7 @@ def test_the_emulator_prints_what_is_to_be_pasted(reader: Program) -> None:
     variables: dict[str, str | None] = dict.fromkeys(reader.emulator.environment())
     code, out, _ = shell(reader, served.stdout + command, env=variables)
     assert (code, out, reader.asked) == (0, output, [])
-    assert served.signal(signal.SIGINT).code == 0
+    assert served.signal(signal.SIGINT).code == -signal.SIGINT
 
 
 @pytest.mark.parametrize(("command", "output"), COMMANDS, ids=[pair[0] for pair in COMMANDS])
