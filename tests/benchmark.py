@@ -516,9 +516,12 @@ SECTIONS = {
 
 def quota(quick: bool) -> Iterator[str]:
     """How well a batch uses rate-limited quotas, beside the peers that are installed."""
-    from quota import BASE, OURS, table
+    from quota import BASE, OURS, SHAPES, installed, table
 
-    yield from table([BASE], list(OURS), [8, 32, 128], 200 if quick else 1000, has_peers=True)
+    count = 200 if quick else 1000
+    yield from table([BASE], list(OURS), [8, 32, 128], count, installed())
+    yield ""
+    yield from table(list(SHAPES), ["waits"], [], count, installed())
 
 
 def failures(quick: bool) -> Iterator[str]:

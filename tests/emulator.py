@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import signal
@@ -637,7 +638,7 @@ def _go_duration(seconds: float) -> str:
 
 # --- Quotas: what an account or a model may use up ----------------------------------------------
 
-SPANS = {"minute": 60.0, "hour": 3600.0, "day": 86400.0}
+SPANS = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86400.0}
 MAX_RESERVED = 16384  # tokens reserved for an answer, at most and without max_tokens
 UNITS = {"requests": 1, "tokens": 500}  # what one request of another program takes
 CLOSE = 1e-9  # floats that are as close as this are equal
@@ -659,6 +660,9 @@ class Quota:
     taken: float = 0.0  # the share that another program takes, at a steady rate
     schedule: Sequence[tuple[float, float]] = ()  # from so many seconds on: so many times the limit
     told: bool = True  # False: no header and no hint gives it away
+    hint: float | None = None  # seconds that it tells who is refused, instead of the truth
+
+    counted: ClassVar[bool] = True  # in the headers of replies
 
     def __post_init__(self) -> None:
         self.capacity = self.left = float(self.limit)  # left: negative when another program took it
@@ -689,6 +693,9 @@ class Quota:
         """Seconds until so much of it will be there, as far as the server knows; 0.0: it is."""
         self.advance(now)
         return self._wait_for(cost)
+
+    def take(self, cost: float) -> None:
+        self.left -= cost
 
     def whole_seconds(self, wait: float) -> float:
         """The wait in whole seconds of a real minute (hour, day), which may be shrunk."""
@@ -743,6 +750,52 @@ class Quota:
         return self._at + UNITS[self.counts] * self.window / (self.capacity * self.taken)
 
 
+class AtOnce(Quota):
+    """So many requests at a time, each of which takes so many seconds."""
+
+    counted = False
+
+    def __init__(self, limit: float, takes: float, **more: Any) -> None:
+        super().__init__(limit, **more)
+        self.takes = takes
+        self._ends: list[float] = []  # when those under way will be answered
+
+    def wait(self, cost: float, now: float) -> float:
+        self.advance(now)
+        self._ends = [end for end in self._ends if end > self._at + CLOSE]
+        return 0.0 if len(self._ends) < self.limit else min(self._ends) - self._at
+
+    def take(self, cost: float) -> None:
+        self._ends.append(self._at + self.takes)
+
+
+class Storm(Quota):
+    """Refuses everybody for the first `lasts` seconds of every `every` seconds."""
+
+    counted = False
+
+    def __init__(self, every: float, lasts: float, **more: Any) -> None:
+        super().__init__(math.inf, fixed=True, **more)
+        self.every, self.lasts = every, lasts
+
+    def wait(self, cost: float, now: float) -> float:
+        self.advance(now)
+        return max(0.0, self.lasts - self._at % self.every)
+
+
+class Chance(Quota):
+    """Refuses a share of the requests, at random; it is the same share of the same seed."""
+
+    counted = False
+
+    def __init__(self, share: float, seed: int = 1, **more: Any) -> None:
+        super().__init__(math.inf, fixed=True, **more)
+        self.share, self._random = share, random.Random(seed)  # noqa: S311 - no secret
+
+    def wait(self, cost: float, now: float) -> float:
+        return CLOSE if self._random.random() < self.share else 0.0
+
+
 def admit(quotas: Sequence[Quota], body: Json, now: float) -> tuple[Quota, float] | None:
     """Takes from each quota what the request needs, or nothing if one of them has too little.
 
@@ -759,7 +812,7 @@ def admit(quotas: Sequence[Quota], body: Json, now: float) -> tuple[Quota, float
             longest = quota, wait
     if longest is None:
         for quota, cost in zip(quotas, costs):
-            quota.left -= cost
+            quota.take(cost)
     return longest
 
 
@@ -771,6 +824,8 @@ def refusal(provider: str, quota: Quota, wait: float, wide: bool, now: float) ->
     dialect = _dialect(provider)
     if wait == math.inf:
         return error(provider, "too_large")
+    if quota.hint is not None:
+        wait = quota.hint
     how = dialect.hints[wide] if quota.told else "none"
     hint = Hint(wait, how, quota.per, now, quota.counts, wide)
     own, body = dialect.limit(hint)
@@ -784,7 +839,9 @@ def quota_headers(provider: str, quotas: Sequence[Quota]) -> Headers:
     """The headers of any reply, without those of quotas that are not in force."""
     dialect = _dialect(provider)
     headers = {name: "" for name in dialect.headers if name.startswith("x-ratelimit-")}
-    headers.update(dialect.quota_headers([quota for quota in quotas if quota.told]))
+    headers.update(
+        dialect.quota_headers([quota for quota in quotas if quota.told and quota.counted])
+    )
     return headers
 
 

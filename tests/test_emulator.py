@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import socket
+import time
 from typing import Any, Iterator, NamedTuple, Sequence
 
 import emulator as tool
@@ -322,7 +323,7 @@ def test_a_proxy_is_not_asked_for_the_way(
     def stop(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool.time, "sleep", stop)
+    monkeypatch.setattr(time, "sleep", stop)
     for proxy, count in ("", 6), ("http://127.0.0.1:9", 7):
         monkeypatch.setenv("http_proxy", proxy)
         with pytest.raises(KeyboardInterrupt):

@@ -357,4 +357,8 @@ def test_a_result_counts_what_was_answered() -> None:
     result = Result("a", "b", 8, questions=200, answers=100, refused=50, took=10.0, ideal=5.0)
     assert result.share == 25.0
     assert result.refused_per_100 == 50.0
-    assert result.cells() == ["a", "b", "8", "25.0 %", "50.0", "100", "10.0 s (5.0 s)"]
+    assert result.cells() == [
+        *("a", "b", "8", "", "25.0 %", "50.0"),
+        *("100 of 200", "10.0 s (5.0 s)"),
+    ]
+    assert result._replace(simple=20.0).cells()[3] == "50 %"
