@@ -29,6 +29,7 @@ import signal
 import socket
 import struct
 import sys
+import textwrap
 import threading
 import time
 from email.utils import formatdate
@@ -1541,6 +1542,7 @@ def _outcome(reply: Reply) -> str:
         return reply.fault or "answered"
     body = reply.body if isinstance(reply.body, dict) else {}
     message = body.get("error", body).get("message") or http.client.responses.get(reply.status, "")
+    message = textwrap.shorten(message, 60, placeholder=" ...")
     hint = reply.headers.get("retry-after")
     return f"{message} (Retry-After: {hint})" if hint else message
 

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, AsyncIterator, Callable, Iterator, NamedTuple, Sequence
 
 from emulator import DONE, Emulator, Reply, document, error, events, rate_limited
+from tables import line
 
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
@@ -500,10 +501,6 @@ def shown(found: Cell) -> str:
     """The outcome with its evidence, short enough for a table."""
     evidence = " ".join(found.evidence.split()).replace("|", "/")
     return f"{found.outcome}: {evidence:.45}" if evidence else found.outcome
-
-
-def line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def serve_results(name: str) -> None:

@@ -14,25 +14,24 @@ own on loopback. Each line of the table has
 - the share of the ideal: how fast the answers came, compared with a client that knows the quotas
   (it has as many threads, and needs no time itself);
 - refused: how many requests got a 429, which free quotas count like the others, per 100 answers;
-- lost: questions without an answer, of those that were asked within a minute.
+- lost: questions without an answer, of those that ended within a minute, at which time it stops.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import heapq
 import importlib
 import importlib.util
-import itertools
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Sequence
@@ -50,6 +49,7 @@ from emulator import (
     Storm,
     admit,
 )
+from tables import line, machine
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `import fallback_llm`
 
@@ -62,7 +62,7 @@ DELAYS = {"cerebras": 0.05, "groq": 0.06, "openrouter": 0.1}  # of replies
 MODELS = {row.name: row.models for row in PROVIDERS}
 QUESTION = "What is the capital of France? (question {})"
 MAX_TOKENS = 500
-LIMIT = 60.0  # seconds, after which a batch asks no more questions
+LIMIT = 60.0  # seconds for a batch
 
 
 # --- The scenarios ------------------------------------------------------------------------------
@@ -464,7 +464,7 @@ class Result(NamedTuple):
     scenario: str
     client: str
     threads: int
-    questions: int  # that were asked
+    questions: int  # that ended in time
     answers: int
     refused: int  # requests
     took: float  # seconds
@@ -515,8 +515,30 @@ HEADINGS = (
 )
 
 
+def outcomes(ask: Ask, asked: Sequence[Question], threads: int, limit: float) -> list[bool]:
+    """Whether each question got an answer. Threads that are still busy then stay behind."""
+    todo, found = collections.deque(asked), []
+    end = time.monotonic() + limit
+
+    def work() -> None:
+        while True:
+            try:
+                question = todo.popleft()
+            except IndexError:
+                return
+            found.append(ask(question))
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(max(0.0, end - time.monotonic()))
+    todo.clear()
+    return list(found)
+
+
 def measure(name: str, client: str, threads: int, questions: int) -> Result:
-    """All questions of one batch, or as many as it asks before the limit."""
+    """All questions of one batch, or as many as have ended when time is up."""
     os.environ["NO_PROXY"] = "127.0.0.1"
     scenario = SCENARIOS[name]
     asked = scenario.asked(questions)
@@ -524,12 +546,7 @@ def measure(name: str, client: str, threads: int, questions: int) -> Result:
     try:
         ask = {SIMPLE: simple, **OURS, **PEERS}[client](Place(server.url, scenario))
         start = time.perf_counter()
-
-        def in_time(question: Question) -> list[bool]:
-            return [ask(question)] if time.perf_counter() < start + LIMIT else []
-
-        with ThreadPoolExecutor(threads) as pool:
-            answered = list(itertools.chain.from_iterable(pool.map(in_time, asked)))
+        answered = outcomes(ask, asked, threads, LIMIT)
         took = time.perf_counter() - start
     finally:
         counts = server.stop()
@@ -564,13 +581,13 @@ def table(
 ) -> Iterator[str]:
     """The lines of the table, in Markdown. The shapes, and peers, have one number of threads."""
     logging.getLogger("fallback_llm").addHandler(logging.NullHandler())
-    yield f"| {' | '.join(HEADINGS)} |"
-    yield f"|{'---|' * len(HEADINGS)}"
+    yield line(*HEADINGS)
+    yield line(*["---"] * len(HEADINGS))
     for name in scenarios:
         for count in [PEER_THREADS] if name in SHAPES else threads:
             more = peers if count == PEER_THREADS else ()
             for result in results([name], [*clients, *more], [count], questions):
-                yield f"| {' | '.join(result.cells())} |"
+                yield line(*result.cells())
 
 
 def numbers(text: str) -> list[int]:
@@ -597,10 +614,9 @@ def main() -> None:
         *(SHAPES if args.shapes else ()),
     ]
     peers = installed() if args.peers else []
-    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
-    print(f"Python {platform.python_version()}, {machine}, {time.strftime('%Y-%m-%d')}\n")
-    for line in table(scenarios, clients, args.threads, args.questions, peers):
-        print(line, flush=True)
+    print(f"{machine()}\n")
+    for text in table(scenarios, clients, args.threads, args.questions, peers):
+        print(text, flush=True)
     return None
 
 

@@ -33,6 +33,7 @@ from quota import (
     Result,
     Scenario,
     ideal,
+    outcomes,
     simple,
 )
 
@@ -501,3 +502,19 @@ def test_the_simple_client_honours_the_last_hint(monkeypatch: pytest.MonkeyPatch
         assert [ask(Question("?", 9)) for _ in range(4)] == [True] * 4
         assert slept == [30, 30]
         assert server.emulator.counts == {ONE: Count(2, 1), TWO: Count(2, 2)}
+
+
+def test_a_batch_that_takes_too_long_is_left_alone() -> None:
+    """What has ended counts, what is under way does not, and nothing else is asked."""
+    asked: list[str] = []
+    released = threading.Event()
+
+    def ask(question: Question) -> bool:
+        asked.append(question.text)
+        return question.text != "b" or released.wait(10)
+
+    questions = [Question(text, 9) for text in "abc"]
+    assert outcomes(ask, questions, 1, limit=0.0) in ([], [True])
+    released.set()
+    assert outcomes(lambda question: question.text == "a", questions, 2, 10.0).count(True) == 1
+    assert "c" not in asked
