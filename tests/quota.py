@@ -245,7 +245,8 @@ def serve(name: str, threads: int) -> None:
             emulator.limit(target, *quotas)
         print(emulator.url, flush=True)
         sys.stdin.read()
-        print(json.dumps(emulator.counts), flush=True)
+        with contextlib.suppress(BrokenPipeError):  # who asked has been killed
+            print(json.dumps(emulator.counts), flush=True)
 
 
 class Server:
@@ -469,12 +470,13 @@ class Result(NamedTuple):
     refused: int  # requests
     took: float  # seconds
     ideal: float  # seconds
-    simple: float = 0.0  # answers per second of the simple client
+    simple: float = 0.0  # speed of the simple client
+    weight: float = 1.0  # mean size of the questions with an answer, compared with all
 
     @property
     def speed(self) -> float:
-        """Answers per second."""
-        return self.answers / self.took
+        """Answers per second; long ones count more."""
+        return self.answers * self.weight / self.took
 
     @property
     def share(self) -> float:
@@ -515,9 +517,12 @@ HEADINGS = (
 )
 
 
-def outcomes(ask: Ask, asked: Sequence[Question], threads: int, limit: float) -> list[bool]:
+def outcomes(
+    ask: Ask, asked: Sequence[Question], threads: int, limit: float
+) -> list[tuple[Question, bool]]:
     """Whether each question got an answer. Threads that are still busy then stay behind."""
-    todo, found = collections.deque(asked), []
+    todo = collections.deque(asked)
+    found: list[tuple[Question, bool]] = []
     end = time.monotonic() + limit
 
     def work() -> None:
@@ -526,7 +531,7 @@ def outcomes(ask: Ask, asked: Sequence[Question], threads: int, limit: float) ->
                 question = todo.popleft()
             except IndexError:
                 return
-            found.append(ask(question))
+            found.append((question, ask(question)))
 
     workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
     for worker in workers:
@@ -546,13 +551,27 @@ def measure(name: str, client: str, threads: int, questions: int) -> Result:
     try:
         ask = {SIMPLE: simple, **OURS, **PEERS}[client](Place(server.url, scenario))
         start = time.perf_counter()
-        answered = outcomes(ask, asked, threads, LIMIT)
+        ended = outcomes(ask, asked, threads, LIMIT)
         took = time.perf_counter() - start
     finally:
         counts = server.stop()
     refused = sum(count.refused for count in counts.values())
-    best = ideal(scenario, threads, questions) * len(answered) / len(asked)
-    return Result(name, client, threads, len(answered), sum(answered), refused, took, best)
+    answered = [question.max_tokens for question, has_answer in ended if has_answer]
+    return Result(
+        name,
+        client,
+        threads,
+        questions=len(ended),
+        answers=len(answered),
+        refused=refused,
+        took=took,
+        ideal=ideal(scenario, threads, questions) * len(ended) / len(asked),
+        weight=mean(answered) / mean([question.max_tokens for question in asked]),
+    )
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
 
 
 def results(
