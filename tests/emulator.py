@@ -1376,6 +1376,7 @@ KINDS = {  # of statuses that every provider has a text of its own for
     500: "server",
     503: "overloaded",
 }
+OF_THE_KEY = ("401", "403")
 OTHER_NAMES = {"ok": "", "timeout": "silence"}
 NAMES = ["ok", "no-text", "timeout", *filter(None, FAULTS)]  # of --fault, beside statuses
 MORE_HELP = """
@@ -1459,7 +1460,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="NAMES",
         type=_one_or_more(NAMES, statuses=True),
         help="what becomes of a provider's first question, its second one and so on, separated by "
-        "commas; the last one repeats",
+        "commas; the last one repeats, also for its list of models in an outage",
     )
     add(
         "--retry-after",
@@ -1503,13 +1504,25 @@ def prepared(
     emulator = Emulator(port=options.port, tell=tell)
     for dialect in DIALECTS:
         emulator.plan(dialect.name, Reply(text=options.answer))
+    faults = options.fault or ["ok"]
     for name in options.provider or [dialect.name for dialect in DIALECTS]:
-        replies = [named(name, fault, options.retry_after) for fault in options.fault or ["ok"]]
+        replies = [named(name, fault, options.retry_after) for fault in faults]
         replies = [dataclasses.replace(reply, delay=options.delay) for reply in replies]
         emulator.plan(name, *(_with_text(reply, options.answer) for reply in replies))
+        for endpoint in _also_down(_dialect(name), faults[-1]):
+            emulator.plan(name + endpoint[len("GET ") :], replies[-1])
         if options.quota:
             emulator.limit(name, Quota(options.quota))
     return emulator
+
+
+def _also_down(dialect: Dialect, fault: str) -> list[str]:
+    """What else has this fault, if it is the provider's or the key's rather than an answer's."""
+    others = [endpoint for endpoint in dialect.endpoints if endpoint != CHAT]
+    if fault in OF_THE_KEY:
+        return [endpoint for endpoint in others if endpoint not in dialect.keyless]
+    is_outage = fault.startswith("5") or OTHER_NAMES.get(fault, fault) in MUTE
+    return others if is_outage else []
 
 
 def named(provider: str, fault: str, retry_after: float | None = None) -> Reply:

@@ -49,6 +49,20 @@ def ask(emulator: Emulator, provider: str, question: str = QUESTION, **more: Any
         connection.close()
 
 
+def get(emulator: Emulator, provider: str, path: str, timeout: float) -> int:
+    """The status, 0 without one."""
+    dialect = DIALECTS[PROVIDERS.index(provider)]
+    connection = http.client.HTTPConnection(emulator.url[len("http://") :], timeout=timeout)
+    try:
+        headers = {"Authorization": f"Bearer {dialect.key}"}
+        connection.request("GET", dialect.path + path, headers=headers)
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return 0
+    finally:
+        connection.close()
+
+
 def started(*arguments: str) -> Emulator:
     return tool.prepared(tool.parsed(arguments))
 
@@ -104,6 +118,26 @@ def test_faults_come_in_order_and_the_last_one_repeats(
     provider: str, faults: str, found: list[int]
 ) -> None:
     assert statuses(provider, "--fault", faults) == found
+
+
+@pytest.mark.parametrize(
+    ("provider", "fault", "path", "status"),
+    [
+        ("groq", "503", "/models", 503),
+        ("groq", "503,ok", "/models", 200),
+        ("groq", "429", "/models", 200),
+        ("groq", "timeout", "/models", 0),
+        ("groq", "close", "/models", 0),
+        ("groq", "cut", "/models", 200),
+        ("cerebras", "401", "/models", 401),
+        ("openrouter", "401", "/key", 401),
+        ("openrouter", "401", "/models", 200),
+    ],
+)
+def test_an_outage_is_everywhere(provider: str, fault: str, path: str, status: int) -> None:
+    """A refused key is where one is needed, and what is wrong with an answer is only there."""
+    with started("--fault", fault, "--provider", provider) as emulator:
+        assert get(emulator, provider, path, timeout=10 if status else 0.2) == status
 
 
 def test_others_have_no_fault() -> None:
