@@ -1443,8 +1443,8 @@ def _one_or_more(names: Sequence[str], statuses: bool = False) -> Callable[[str]
     return chosen
 
 
-def parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of the command line. What is wrong with them ends the program."""
+def options_parser() -> argparse.ArgumentParser:
+    """What reads the options of the command line, and explains them."""
     parser = _Parser(
         prog="python tests/emulator.py",
         description="Cerebras, Groq and OpenRouter on a port of this machine, with their faults.",
@@ -1489,11 +1489,16 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         default=0,
         help="default: a free one, another one each time",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options. What is wrong with them ends the program."""
+    options = options_parser().parse_args(arguments)
     if options.provider and not (options.fault or options.delay or options.quota):
-        parser.error("--provider needs --fault, --delay or --quota")
+        fail("--provider needs --fault, --delay or --quota")
     if options.retry_after is not None and "429" not in (options.fault or []):
-        parser.error("--retry-after needs --fault 429")
+        fail("--retry-after needs --fault 429")
     return options
 
 
