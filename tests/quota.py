@@ -5,7 +5,8 @@
     python tests/quota.py --shapes                  # what else answers 429: storms, chance, ...
     python tests/quota.py --peers --threads 32      # beside other packages, if installed
 
-Three providers have quotas like those of free accounts, but a minute lasts `MINUTE` seconds. The
+Three providers have quotas like those of free accounts, but a minute lasts `MINUTE` seconds (in the
+other shapes, which have one or two models, `LONGER`). The
 server's hints and the clients' delays between attempts, which are meant for real minutes, shrink
 alike; idle timeouts and what else is constant in a client do not. The server is a process of its
 own on loopback. Each line of the table has
