@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence
 
 import pytest
 from conftest import PROVIDERS, Program, Result, until
-from emulator import Emulator, Reply, document, error, rate_limited
+from emulator import Emulator, Reply, document, error, options_parser, rate_limited
 
 import fallback_llm
 from fallback_llm import FallbackLLM, FallbackLLMError, RetryConfig, Verdict
@@ -259,7 +259,7 @@ def test_the_emulator_prints_what_is_to_be_pasted(reader: Program) -> None:
     variables: dict[str, str | None] = dict.fromkeys(reader.emulator.environment())
     code, out, _ = shell(reader, served.stdout + command, env=variables)
     assert (code, out, reader.asked) == (0, output, [])
-    assert served.signal(signal.SIGINT).code == 0
+    assert served.signal(signal.SIGINT).code == -signal.SIGINT
 
 
 @pytest.mark.parametrize(("command", "output"), COMMANDS, ids=[pair[0] for pair in COMMANDS])
@@ -279,7 +279,7 @@ def test_a_loop_needs_its_flag(reader: Program) -> None:
 
 
 def test_every_flag_exists() -> None:
-    """What looks like a flag of the program is in `--help`."""
+    """What looks like a flag is in `--help` of the program or the emulator."""
     help_text = "".join(output for command, output in COMMANDS if "--help" in command)
     options = re.findall(r"^  (?:(-\w), )?(--[\w-]+)", help_text, re.MULTILINE)
     present, _, _ = PROSE.partition("## Changelog")
@@ -288,7 +288,8 @@ def test_every_flag_exists() -> None:
         texts.extend(part for part in re.split(r"[|;]", command) if "fallback_llm.py" in part)
     words = re.findall(r"(?<![\w-])--?[a-z][\w-]*", "\n".join(texts))
     assert len(words) > 20
-    assert set(words) <= {name for pair in options for name in pair}
+    of_the_emulator = re.findall(r"--[a-z-]+", options_parser().format_help())
+    assert set(words) <= {name for pair in options for name in pair}.union(of_the_emulator)
 
 
 # --- In Python ----------------------------------------------------------------------------------
