@@ -500,7 +500,7 @@ def test_ctrl_c_and_answers_on_stdout(run: Program, questions: Path) -> None:
     process = run.start(*BATCH, "--workers", "1")
     until(lambda: len(run.asked) == 4)
     result = process.signal(signal.SIGINT)
-    assert "\n3 answers were written to stdout.\n" in result.stderr
+    assert "\n3 answers are written to stdout.\n" in result.stderr
     assert len(records(result.stdout)) == 3
 
 
@@ -542,7 +542,9 @@ def test_an_output_that_is_replaced(run: Program, questions: Path, answers: Path
     before = answers.read_text()
     result = process.end()
     assert result.code == 1
-    told = r"error: answers.jsonl was replaced .*: \d+ answers .* lost; run the same command again"
+    told = (
+        r"error: answers.jsonl was replaced .*: \d+ answers are .* lost; run the same command again"
+    )
     assert re.search(told, result.stderr)
     assert answers.read_text() == before
     assert run(*TO_FILE).code == 0
@@ -575,7 +577,7 @@ def test_an_output_that_goes_after_the_last_answer(output: Output, answers: Path
 def test_an_output_that_is_cut(output: Output, answers: Path) -> None:
     """`> answers.jsonl` in another shell takes answers away."""
     answers.write_text("")
-    with pytest.raises(OSError, match=r"was cut .*: 1 answers .* lost"):
+    with pytest.raises(OSError, match=r"was cut .*: 1 answer is .* lost"):
         output.write(answer_of(2))
 
 
