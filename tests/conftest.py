@@ -115,7 +115,7 @@ class Terminal:
     def __init__(self, columns: int) -> None:
         self.columns = columns
         self._user, self.end = pty.openpty()
-        fcntl.ioctl(self.end, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+        self.resize(columns)
         self._received = b""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -132,6 +132,10 @@ class Terminal:
         for piece in re.findall(r"\x1b\[[KJ]|.", self.received, re.DOTALL):
             screen.put(piece)
         return "".join(line + "\n" for line in screen.lines())
+
+    def resize(self, columns: int) -> None:
+        """Makes it as wide as this; `screen` goes on to show it as wide as it was."""
+        fcntl.ioctl(self.end, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
 
     def type(self, keys: bytes) -> None:
         """What the user types; b"\\x03" is Ctrl-C, for who has it as controlling terminal."""

@@ -142,7 +142,7 @@ def test_lines_in_other_forms(run: Program, questions: Path) -> None:
     assert run.models[-1] == "mine"
     assert [record["id"] for record in records(result.stdout)] == [1, 2, "request-1"]
     for bad, words in (
-        ({**line, "url": "/v1/embeddings", "body": body}, "/v1/chat/completions"),
+        ({**line, "url": "/v1/embeddings", "body": {"input": "talk"}}, "'input'"),
         ({**line, "body": {}}, "missing"),
         ({**line, "body": {**body, "n": 2}}, "n are not supported"),
     ):
@@ -927,6 +927,30 @@ def test_progress_fits_the_terminal_of_stderr(run: Program, slow: list[str]) -> 
     terminal.finish()
     assert "3/3 done" in terminal.received
     assert terminal.screen == "3 answered, 0 failed\n"
+
+
+def test_progress_and_answers_on_one_terminal(run: Program, slow: list[str]) -> None:
+    """An answer takes the place of what is drawn."""
+    code, terminal = run.on_terminal(*BATCH, *slow, columns=60)
+    assert code == 0
+    assert "2/3 done" in terminal.received
+    shown = terminal.screen.replace("\n", "")
+    assert re.findall(r"\d/3 done", shown) == []
+    assert shown.count('"answer": "Paris."') == 3
+
+
+def test_progress_survives_a_resize(run: Program, slow: list[str]) -> None:
+    """What a narrower terminal has wrapped is erased as well."""
+    terminal = run.terminal(columns=200)
+    process = run.start(*TO_FILE, *slow, stderr=terminal.end)
+    until(lambda: "1/3 done" in terminal.received)
+    terminal.resize(30)
+    until(lambda: "2/3 done" in terminal.received)
+    assert process.end().code == 0
+    terminal.finish()
+    assert "\r\x1b[K\x1b[J2/3 done, 0 failed, " in terminal.received
+    (line,) = re.findall("2/3 done.*?\r", terminal.received)
+    assert len(line) == 30
 
 
 def test_progress_and_other_lines(run: Program, slow: list[str]) -> None:

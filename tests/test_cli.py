@@ -289,7 +289,9 @@ def test_the_help_fits_the_terminal(run: Program, columns: int) -> None:
 
 def test_the_help_says_what_becomes_of_control_characters(run: Program) -> None:
     """They are removed from an answer, and --json has them."""
-    assert re.search(r"control characters.*;\s--json\s+keeps them", run.inside("-h").stdout, re.S)
+    assert re.search(
+        r"Control characters.* removed .*;\s--json\s+keeps them", run.inside("-h").stdout, re.S
+    )
 
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])
@@ -629,6 +631,7 @@ def test_a_binary_file_is_refused(run: Program, start: bytes) -> None:
     """What is no text is not sent as one."""
     (run.folder / "picture").write_bytes(start + bytes(range(256)))
     refused(run, run.inside("q", "-f", "picture"), "--file picture", "binary")
+    refused(run, run.inside("--batch", "picture"), "--batch picture", "binary")
 
 
 def refused(run: Program, result: Result, *words: str) -> None:
@@ -1481,5 +1484,5 @@ def test_lists_of_models_that_are_only_ours(run: Program) -> None:
     assert "openrouter\tthree" in lines
     assert re.findall("cerebras|groq|openrouter", result.stderr) == ["groq", "openrouter"]
     groq, openrouter = result.stderr.splitlines()
-    assert re.fullmatch("⚠️  groq: .+; listed are the models we ask", groq)
-    assert re.fullmatch("⚠️  openrouter: no key; listed are the models we ask", openrouter)
+    assert re.fullmatch("⚠️  groq: .+; these are the models we ask", groq)
+    assert re.fullmatch("⚠️  openrouter: no key; these are the models we ask", openrouter)
