@@ -525,6 +525,7 @@ def test_a_bad_value_is_refused(run: Program, flag: str, values: str, allowed: s
         (["q", "--max-tokens"], ["--max-tokens"]),
         (["q", "--base-delay=-inf"], ["--base-delay", "-inf", "0"]),
         (["q", "--base-delay", "-inf"], ["--base-delay"]),
+        (["q", "--max-tokens", "gsk_" + "k" * 20], ["--max-tokens", "a text of 24 characters"]),
         (["q", "--quiet", "--verbose"], ["--quiet", "not allowed with", "--verbose"]),
         (["q", "-model", "x"], ["-model", "did you mean --model"]),
         (["q", "-timeout=5"], ["-timeout", "did you mean --timeout"]),
