@@ -906,7 +906,7 @@ ACCOUNT = says(
     )
 )
 MODEL_ENDED = (
-    rf"\bmodels? {'.{0,80}?'}(?:does not exist|not found|not be found|no longer|retired|archived|"
+    r"\bmodels? .{0,80}?(?:does not exist|not found|not be found|no longer|retired|archived|"
     r"decommissioned|deprecated|discontinued|unavailable for free)"
 )
 # A refusal is about what was asked: the input was flagged, or a policy is named with what was done.
@@ -921,6 +921,10 @@ POLICY = (
 REFUSING = (
     "violat|against|block|flagged|stopped|trigger|refus|reject|not allowed|filtered|due to|prohibit"
 )
+OUR_NETWORK = "check your network settings"
+OUR_KEY = r"\b(?:api.?keys?|keys?|credits?|billing|payments?|balance|credentials?)\b"
+OUR_ACCOUNT = r"\b(?:accounts?|organi[sz]ations?|subscription|authenticat\w{0,6})\b"
+BROKEN_RULES = r"\bviolat|terms of service|usage polic|prohibited"
 SOMETHING_ELSE = r"data[ -]policy|guardrail|parameter|allowed providers|privacy"
 
 # What an error means: the first pattern that is found decides. The codes rate_limit_exceeded,
@@ -931,11 +935,7 @@ RULES: Sequence[Tuple[Ruling, str]] = (
     (REFUSED, has_code("content_policy_violation content_filter refusal *moderation*")),
     (UNSUITABLE, has_code("context_length_exceeded max_tokens_exceeded token_limit_exceeded")),
     (UNSUITABLE, has_code("*_too_long *_too_large privacy_restricted constraint_filtered")),
-    (
-        UNSUITABLE,
-        has_code("unprocessable invalid_request invalid_prompt unsupported_param* wrong_end*"),
-    ),
-    (UNSUITABLE, has_code("wrong_api_format unsupported_value account_*limit*")),
+    (UNSUITABLE, has_code("unprocessable invalid_request invalid_prompt account_*limit*")),
     (GONE, has_code("model_archived_error")),
     (FAULT, has_code("model_*overloaded model_*timeout model_*error")),
     (GONE, has_code("model_* no_endpoints free_variant_ended")),
@@ -949,31 +949,32 @@ RULES: Sequence[Tuple[Ruling, str]] = (
     # A supplier's trouble with its own key, account or network is not ours.
     (LIMITED, every("^relayed$", of_status("429"))),
     (FAULT, every("^relayed$", of_status("0 401 402 404 408 5.."))),
-    (FAULT, every("^relayed$", rf"(?:{DENIED_CODES}|{says(QUOTA)}|{ACCOUNT})")),
+    (FAULT, every("^relayed$", f"{DENIED_CODES}|{says(QUOTA)}|{ACCOUNT}|{says(OUR_NETWORK)}")),
+    (FAULT, every("^relayed$", of_status("403"), f"{OUR_KEY}|{OUR_ACCOUNT}")),
     # Quotas: a wait that the server asks for outranks words about a quota.
     (ACCOUNT_LIMITED, has_code("*in_flight_budget* openrouter_free_tier*")),
     (ACCOUNT_LIMITED, says("free-models-per-")),
     (
         LIMITED,
-        every("^wait$", of_status("0 429"), rf"(?:{has_code('insufficient_quota')}|{says(QUOTA)})"),
+        every("^wait$", of_status("0 429"), f"{has_code('insufficient_quota')}|{says(QUOTA)}"),
     ),
-    (UNPAID_TOKENS, every(of_status("402"), says("tokens"))),
-    (DENIED, every(of_status("402"), has_code("payment_required* openrouter_key_limit"))),
-    (UNPAID, of_status("402")),  # free models of the same key may answer (OpenRouter, 2026-10)
+    # Free models of the same key may answer (OpenRouter, 2026-10).
+    (UNPAID_TOKENS, every(of_status("402"), has_code("openrouter_credits"), says("tokens"))),
+    (UNPAID, every(of_status("402"), has_code("openrouter_credits"))),
     (DENIED, DENIED_CODES),
-    (DENIED, says(r"api.?key (?:is )?(?:not valid|invalid)|(?:invalid|incorrect) api.?key")),
-    (DOWN, says("check your network settings")),
-    (DENIED, says(QUOTA)),
-    # What breaks, and what is limited, is not about the question.
-    (
-        UNSUITABLE,
-        every(of_status("4[01]. 42[0-8]"), says(MODEL_ENDED), says("parameter|tool|field")),
-    ),
-    (GONE, says(MODEL_ENDED)),
+    (UNSUITABLE, has_code("unsupported_* wrong_*")),
     # Congestion rather than our quota: others are asked before it (Cerebras, 2026-10).
     (FAULT, has_code("queue_exceeded")),
-    (FAULT, every("^no retry$", of_status("429"))),
+    (FAULT, every("^no retry$", of_status("429"), has_code("*_quota_exceeded"))),
     (LIMITED, has_code("token_quota_exceeded request_quota_exceeded capacity_exhausted")),
+    (UNPAID_TOKENS, every(of_status("402"), says("tokens"))),
+    (UNPAID, of_status("402")),
+    (DENIED, says(r"api.?key (?:is )?(?:not valid|invalid)|(?:invalid|incorrect) api.?key")),
+    (DOWN, says(OUR_NETWORK)),
+    (DENIED, says(QUOTA)),
+    # What breaks, and what is limited, is not about the question.
+    (GONE, rf"^says (?!.*?(?:parameter|tool|property|field)).*?(?:{MODEL_ENDED})"),
+    (FAULT, every("^no retry$", of_status("429"))),
     (LIMITED, of_status("429")),
     (FAULT, of_status("408 409 424 425 498 499 5..")),  # 498: Groq's flex tier is full (2026-08)
     # Words about the account, and about what was asked.
@@ -984,13 +985,11 @@ RULES: Sequence[Tuple[Ruling, str]] = (
     # A JSON 403 means that this model is not for us, unless it names the key, the credit or the
     # account, or says that the request breaks rules.
     (DENIED, "^status 403 (?:text|page)"),
-    (DENIED, every(of_status("403"), r"\b(?:api.?keys?|keys?|credits?|billing|payments?)\b")),
-    (DENIED, every(of_status("403"), r"\b(?:balance|credentials?)\b")),
-    (UNSUITABLE, every(of_status("403"), r"\bmodels?\b", r"\bviolat|terms of service|usage polic")),
+    (DENIED, every(of_status("403"), OUR_KEY)),
+    (UNSUITABLE, every(of_status("403"), r"\bmodels?\b", BROKEN_RULES)),
     (GONE, every(of_status("403"), r"\bmodels?\b")),
-    (DENIED, every(of_status("403"), r"\b(?:accounts?|organi[sz]ations?|subscription)\b")),
-    (DENIED, every(of_status("403"), r"\bauthenticat\w{0,6}\b")),
-    (UNSUITABLE, every(of_status("403"), r"\bviolat|terms of service|usage polic|prohibited")),
+    (DENIED, every(of_status("403"), OUR_ACCOUNT)),
+    (UNSUITABLE, every(of_status("403"), BROKEN_RULES)),
     (GONE, of_status("403")),
     # A JSON 404 means that the model is gone, unless it names something else.
     (WEB_PAGE, "^status (?:400|404|405) page"),
