@@ -769,10 +769,10 @@ VERDICT_RULES = {
     Verdict.RATE_LIMITED: VerdictRule(True, True, 0.0, "wait for the limit to end, or add a key"),
     Verdict.FAULT: VerdictRule(True, True, 0.0, "try again later"),
     Verdict.UNSUITABLE: VerdictRule(
-        False, False, 0.0, "change the question, max_tokens or the model", True
+        False, False, 0.0, "change the question, max_tokens or model=", True
     ),
     Verdict.GONE: VerdictRule(
-        False, True, 600.0, "choose another model (list_models shows them), or set {models}"
+        False, True, 600.0, "choose another one with model= (see list_models), or set {models}"
     ),
     Verdict.DENIED: VerdictRule(False, True, 600.0, "check {key} and the account: {url}"),
     Verdict.REFUSED: VerdictRule(False, False, 0.0, "change the question"),
@@ -843,7 +843,7 @@ REDIRECTED = Ruling(
 )
 WEB_PAGE = Ruling(Verdict.UNSUITABLE, advice="check {base_url}: a web page answered, not an API")
 NO_API = Ruling(Verdict.UNSUITABLE, advice="check {base_url}: no API answered")
-GONE_OR_WRONG_URL = Ruling(Verdict.GONE, advice="choose another model, or check {base_url}")
+GONE_OR_WRONG_URL = Ruling(Verdict.GONE, advice="choose another model=, or check {base_url}")
 WRONG_URL = Ruling(
     Verdict.UNSUITABLE, Reach.PROVIDER, "check {base_url}: the server does not know this path"
 )
@@ -1502,13 +1502,6 @@ class Question:
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the question cannot be sent as JSON: {error}") from None
         return whole_characters(text).encode()
-
-    def tokens(self) -> int:
-        """The tokens that a request may cost, with the longest answer."""
-        longest = to_number(self.parameters.get("max_completion_tokens"))
-        if math.isnan(longest):
-            longest = self.max_tokens
-        return len(self.question or "") // 4 + int(longest)
 
 
 ARGUMENTS = [field.name for field in dataclasses.fields(Question) if field.name != "parameters"]
@@ -2681,9 +2674,8 @@ def network_failure(error: Exception, row: Provider, limit: TimeLimit) -> Failur
 
     # Only the beginning is looked at: a server can put a long line into an exception.
     words = str(error)[:1000].partition(" (Caused by")[0]
-    host = host_of(row.base_url)
-    what, advice = unreachable_because(causes, host)
-    if is_loopback(row.base_url) and "refused" in what:
+    what, advice = unreachable_because(causes, urlsplit(row.base_url).netloc)
+    if "refused" in what and (is_loopback(row.base_url) or row.key_env is None):
         advice = "is the server running?"
     failure = Failure(
         Verdict.FAULT,
@@ -2768,11 +2760,15 @@ class Turn:
     turns: int = 0  # it has had, and lost its place with; who has had fewer comes before
     place: int = 0  # among those who have had as many
     had_second: bool = False  # it was asked again at once: the first time was our own fault
+    is_free: bool = False  # the latest refusal costs no attempt
+    free: int = 0  # refusals that cost none
     # As it stood when the question last looked at it:
     wait: float = 0.0  # seconds until it can be asked
-    hold: float = 0.0  # the same for our own pacing
+    hold: float = 0.0  # seconds until it looks again, for our own pacing
+    is_opening: bool = False  # held only since many are under way, and no limit is known
     is_later: bool = False  # it failed lately, or somebody is trying it just now
     has_slot: bool = False  # it is being asked
+    is_granted: bool = False  # and is being answered
     begun: float = 0.0  # when it was asked
 
 
@@ -2782,10 +2778,28 @@ MOST_LANES = 1000  # those that say nothing are forgotten then: keys may change 
 LIST_PAUSE = 600.0  # seconds until a models list is fetched again
 
 
-class Lane:
-    """What is known of a model, an account or a provider: its failures, its pauses, its pace."""
+# Pacing. What each constant is worth was measured by changing it, in simulated time.
+OPENING = 32  # requests under way while nothing is known; with 8, no limit: 97 % instead of 100
+HOLD = 0.05  # seconds after which a question that meets a full lane looks again
+FEW = 5  # a sample of fewer is filled up from the one before (with 2, tokens: 66 % instead of 89)
+TRUST = 2.0  # answers before a gap is shortened (with 4, one in ten by chance: 47 % instead of 68)
+MOST_TRUST = 40.0  # the same once it was right (with 20, buckets: 1 refused more per 100)
+LONG_PAUSE = 20.0  # seconds (without it windows: 46 refused per 100 instead of 5)
+FREE_REFUSALS = 15  # of one model in a question (without them, tokens: 9 of 200 questions lost)
+LONG_HINT = 120.0  # seconds; a longer hint is about an hour or a day, not about the pace
 
-    def __init__(self, is_model: bool = True) -> None:
+
+class Lane:
+    """What is known of a model, an account or a provider: its failures, its pauses, its pace.
+
+    Pacing is for a crowd of questions. Between two moments at which a quota ran out, the server
+    granted exactly what its rate allows. So the gap between requests is that time divided by what
+    was granted, and a pause that the server asked for is worth slots: they may be used at once
+    when it ends. Whether pace is what the server limits at all shows when the lane speeds up: a
+    quota refuses it within a few answers, and is then trusted longer; anything else lets it go on.
+    """
+
+    def __init__(self) -> None:
         self.verdict = Verdict.FAULT  # of the latest failure
         self.failures = 0  # since the last success
         self.failed_at = -math.inf
@@ -2798,7 +2812,6 @@ class Lane:
         self.last_success = 0.0  # of an account, in seconds since the epoch
         self.last_failure = 0.0
         self.failures_in_a_row = 0  # of all models of an account
-        self._is_model = is_model
         self.forget_pace()
 
     def forgive(self) -> None:
@@ -2809,32 +2822,131 @@ class Lane:
         self.later_until = -math.inf
         self.leased_until = -math.inf
 
-    def is_silent(self, now: float) -> bool:
-        """Whether the lane says nothing that matters now."""
+    def is_silent(self) -> bool:
+        """Whether the lane says nothing that matters."""
         return self.failures == 0 and self._under_way == 0
 
     def forget_pace(self) -> None:
+        """Begin as if nobody had been asked."""
+        self._refused_at = -math.inf  # the last refusal that counted
+        self._opens_at = -math.inf  # the end of the pause after it
+        self._pause = 0.0  # its length
+        self._pauses = 0  # in a row, without any answer
+        self._width = float(OPENING)  # requests that may be under way while the gap is 0
         self._under_way = 0
+        self._gap = 0.0  # seconds between two requests; 0: nothing is measured
+        self._slot_at = -math.inf  # the next request
+        self._measured_from = math.nan  # when a quota began again; nan: nobody was refused yet
+        self._sent = 0  # requests since then, without those that were refused
+        self._span = 0.0  # of the last measurement: seconds,
+        self._spent = 0  # requests in them,
+        self._measured = 0.0  # what it gave, without what answers made of it
+        self._before = 0.0  # and what the measurement before it had given
+        self._trust = TRUST  # answers before the gap is shortened
+        self._answers = 0  # since the gap was shortened in vain
+        self._faster_at = -math.inf  # when the gap was shortened last
+        self._answered_at = -math.inf
+
+    def be_careful(self) -> None:
+        """Another lane of the provider met a limit: this one may have one too."""
+        self._width = min(self._width, 2.0)
 
     def hold(self, now: float) -> float:
-        return 0.0
+        """Seconds after which to look again; 0.0: a request can be sent now."""
+        wait = max(self._opens_at, self._slot_at) - now
+        if self._gap == 0 and self._under_way >= self._width:
+            wait = max(wait, HOLD)
+        if wait < 1e-6:  # a clock's rounding
+            return 0.0
+        return wait
 
     def take(self, now: float) -> None:
+        """A request is sent."""
         self._under_way += 1
+        self._sent += 1
+        # What the pause kept back can be used now; what nobody wanted is lost.
+        self._slot_at = max(self._slot_at, now - self._pause) + self._gap
 
     def ended(self) -> None:
-        self._under_way -= 1
+        """It is not under way any more, whatever came of it."""
+        self._under_way = max(0, self._under_way - 1)
 
-    def granted(self, begun: float, now: float, room: Optional[int]) -> None:
-        pass
+    def granted(self, begun: float, now: float) -> None:
+        """A request that began at `begun` is being answered, and takes up no room any more."""
+        self.ended()
+        self._answered_at = now
+        self._pauses = 0
+        self._answers += 1
+        is_late = begun <= self._refused_at
+        if not is_late:
+            self._width += 1
+        if self._answers <= self._trust or begun <= self._faster_at:
+            return  # those under way together count once
+        if is_late and self._pause > LONG_PAUSE:
+            return  # after a long pause they would only make the crowd larger
+        self._faster_at = now
+        self._gap /= 2
 
     def refused(
         self, begun: float, now: float, hint: Optional[float], backoff: Callable[[int], float]
     ) -> None:
-        pass
+        """A request of a crowd, begun at `begun`, met the rate limit."""
+        if begun <= self._refused_at:  # with those that counted, which counted it as granted
+            if self._spent > 1:
+                self._spent -= 1
+                self._measure()
+            return
 
+        self._refused_at = now
+        self._sent -= 1
+        self._pauses += 1
+        if hint is None:
+            self._pause = min(LONG_PAUSE, backoff(self._pauses))
+        else:
+            self._pause = hint
+        self._opens_at = now + self._pause
+        begins_again = now + (hint or 0.0)
+        if math.isnan(self._measured_from):  # what was granted so far was saved up, and is no rate
+            self._width = 1.0
+            self._answers = 0
+            self._begin(begins_again)
+        else:
+            self._judge()
+            if self._sent > 0:
+                # Who asks inside a pause, as time limits make one do, may be told a shorter one.
+                self._span = max(0.0, begins_again - self._measured_from)
+                self._spent = self._sent
+                self._before = self._measured
+                self._measure()
+                self._begin(begins_again)
+        self._slot_at = now + self._gap
 
-HOLD = 0.05
+    def is_alive(self, now: float, longest: float) -> bool:
+        """Whether it met a limit, and answered somebody since `longest` seconds ago."""
+        return not math.isnan(self._measured_from) and now - self._answered_at <= longest
+
+    def _begin(self, at: float) -> None:
+        """The quota begins again at this time."""
+        self._measured_from = at
+        self._sent = 0
+
+    def _judge(self) -> None:
+        """Trust the gap longer if shortening it was punished at once, else start again."""
+        extra = self._answers - self._trust
+        if extra > 0:
+            self._answers = 0
+        if self._gap > 0 and 0 < extra <= FEW:
+            self._trust = min(MOST_TRUST, 2 * self._trust)
+        elif self._sent > 0:
+            self._trust = TRUST
+
+    def _measure(self) -> None:
+        """The gap that the last measurement gives."""
+        missing = 0
+        if self._before:
+            missing = max(0, FEW - self._spent)
+        self._measured = (self._span + missing * self._before) / (self._spent + missing)
+        self._gap = self._measured
 
 
 LaneKey = Tuple[str, str, str]  # the provider, the key and the model; "" stands for all of them
@@ -2860,6 +2972,7 @@ class Health:
         self._clock = clock
         self._wall_clock = wall_clock
         self._lanes: Dict[LaneKey, Lane] = {}
+        self._careful: Set[Tuple[str, str]] = set()  # providers and keys that met a limit
         self._counts: Dict[str, int] = dict.fromkeys(STATISTICS, 0)
         self.renew()
 
@@ -2868,6 +2981,7 @@ class Health:
         self._lock = threading.RLock()
         self._news: Deque[Callable[[], object]] = collections.deque()
         self._is_catching_up = False
+        self._open = 0  # questions that are being asked, or wait
         for lane in self._lanes.values():
             lane.forget_pace()
 
@@ -2892,13 +3006,18 @@ class Health:
         lanes = [self._lane(key) for key in lane_keys(turn.candidate)]
         ready_at = max(turn.ready_at, *[lane.ready_at for lane in lanes])
         turn.wait = max(0.0, round(ready_at - now, 6))  # less is a clock's rounding
-        turn.hold = max(lane.hold(now) for lane in lanes)
+        turn.hold = 0.0
+        if self._open > 1 and turn.wait == 0:
+            turn.hold = max(lane.hold(now) for lane in lanes)
+        is_careful = (turn.candidate.row.name, turn.candidate.key) in self._careful
+        turn.is_opening = turn.hold <= HOLD and not is_careful
         is_later = any(now < max(lane.later_until, lane.leased_until) for lane in lanes)
         turn.is_later = is_later and turn.attempts == 0
 
     def _take(self, turn: Turn, now: float) -> None:
         """The candidate is asked now."""
         turn.has_slot = True
+        turn.is_granted = False
         turn.begun = now
         for key in lane_keys(turn.candidate):
             lane = self._lane(key)
@@ -2911,16 +3030,14 @@ class Health:
         for turn in line:
             if turn.has_slot:
                 turn.has_slot = False
-                self._news.append(functools.partial(self._end, turn.candidate))
+                self._news.append(functools.partial(self._end, turn.candidate, turn.is_granted))
 
-    def granted(self, turn: Turn, room: Optional[int]) -> None:
-        """A request was not refused: its answer begins, or it failed for another reason.
-
-        room: how many more requests there is room for, as the server says.
-        """
+    def granted(self, turn: Turn) -> None:
+        """A request was not refused: its answer begins, or it failed for another reason."""
         with self._locked() as now:
+            turn.is_granted = True
             for key in lane_keys(turn.candidate):
-                self._lane(key).granted(turn.begun, now, room)
+                self._lane(key).granted(turn.begun, now)
 
     def closed(self, turn: Turn) -> None:
         """Note that the caller has read enough of an answer."""
@@ -2931,8 +3048,8 @@ class Health:
         with self._locked():
             self._forgive(turn.candidate, turn.begun)
 
-    def failed(self, turn: Turn, failure: Failure, backoff: Callable[[int], float]) -> None:
-        """A request failed."""
+    def failed(self, turn: Turn, failure: Failure, config: RetryConfig) -> bool:
+        """A request failed. Whether it costs no attempt: a crowd met a quota that answers others."""
         with self._locked() as now:
             candidate = turn.candidate
             lane = self._lane(lane_keys(candidate, failure.reach)[0])
@@ -2940,22 +3057,34 @@ class Health:
                 lane.silences += 1
             is_silent = lane.silences >= SHORT_SILENCES
             if failure.cause in (Cause.STALE, Cause.TIME_LIMIT) or not failure.rule.counts:
-                return
+                return False
             if failure.cause is Cause.TIME_SHARE and not is_silent:
-                return  # the time was short, which says little of the model
-            if failure.verdict is Verdict.RATE_LIMITED:
-                lane.refused(turn.begun, now, failure.hint, backoff)
+                return False  # the time was short, which says little of the model
+            is_limit = failure.verdict is Verdict.RATE_LIMITED
+            if is_limit and self._open > 1 and (failure.hint or 0.0) <= LONG_HINT:
+                lane.refused(turn.begun, now, failure.hint, config.backoff)
+                self._be_careful(candidate, lane)
 
             account = self._lane(lane_keys(candidate, Reach.ACCOUNT)[0])
             account.last_failure = self._wall_clock()
             if turn.begun >= lane.failed_at:  # those that were under way together count once
                 lane.failures += 1
                 account.failures_in_a_row += 1
-            guess = failure.rule.asked_last_for or min(MAX_GUESS, backoff(lane.failures))
+            guess = failure.rule.asked_last_for or min(MAX_GUESS, config.backoff(lane.failures))
             lane.verdict = failure.verdict
             lane.failed_at = now
             lane.later_until = now + guess
             lane.ready_at = max(lane.ready_at, now + (failure.hint or 0.0))
+            return is_limit and lane.is_alive(now, config.max_delay)
+
+    def _be_careful(self, candidate: Candidate, limited: Lane) -> None:
+        """The other models of an account may have a limit, too."""
+        account = (candidate.row.name, candidate.key)
+        if account not in self._careful:
+            self._careful.add(account)
+            for key, lane in self._lanes.items():
+                if key[:2] == account and lane is not limited:
+                    lane.be_careful()
 
     def wait_for_server(self, candidate: Candidate) -> float:
         """Seconds until the server wants to be asked again, 0 if it did not say."""
@@ -3012,8 +3141,13 @@ class Health:
             lane.searching_until = now
             lane.search_again_at = now + (LIST_PAUSE if is_known else MAX_GUESS)
 
-    def count(self, trail: Sequence[Attempt], is_answered: bool) -> None:
-        """Note a question that has ended, for the statistics."""
+    def begin(self) -> None:
+        """A question begins."""
+        with self._locked():
+            self._open += 1
+
+    def end(self, trail: Sequence[Attempt], is_answered: bool) -> None:
+        """Note that a question has ended; it counts in the statistics."""
         self._news.append(functools.partial(self._add, tuple(trail), is_answered))
 
     def counts(self) -> Dict[str, int]:
@@ -3045,22 +3179,24 @@ class Health:
         if lane is None:
             if len(self._lanes) >= MOST_LANES:
                 self._forget_silent_lanes()
-            lane = self._lanes.setdefault(key, Lane(is_model=key[2] != ""))
+            lane = self._lanes.setdefault(key, Lane())
+            if key[:2] in self._careful:
+                lane.be_careful()
         return lane
 
     def _forget_silent_lanes(self) -> None:
         """Forget lanes that nobody is in, and that nobody has to wait for."""
-        now = self._clock()
         for key, lane in list(self._lanes.items()):
-            if lane.is_silent(now):
+            if lane.is_silent():
                 del self._lanes[key]
 
-    def _end(self, candidate: Candidate) -> None:
+    def _end(self, candidate: Candidate, was_granted: bool) -> None:
         """A request is not under way any more, and nobody is trying the candidate."""
         now = self._clock()
         for key in lane_keys(candidate):
             lane = self._lane(key)
-            lane.ended()
+            if not was_granted:
+                lane.ended()
             lane.leased_until = min(lane.leased_until, now)
 
     def _forgive(self, candidate: Candidate, begun: float) -> None:
@@ -3080,6 +3216,7 @@ class Health:
 
     def _add(self, trail: Sequence[Attempt], is_answered: bool) -> None:
         """Add a question to the statistics."""
+        self._open = max(0, self._open - 1)
         self._counts["total_requests"] += 1
         self._counts["successful_requests" if is_answered else "failed_requests"] += 1
         for attempt in trail:
@@ -3097,25 +3234,6 @@ STATISTICS = (
     "rate_limited_requests",
     "provider_switches",
 )
-
-
-def room_in(headers: Mapping[str, str], tokens: int) -> Optional[int]:
-    """How many more requests of this size a successful reply says there is room for.
-
-    Cerebras sends what is left of requests and tokens per minute, hour and day. Groq sends the
-    requests of the day and the tokens of the minute (2026-10). None: nothing is said.
-    """
-    rooms = []
-    for name, value in headers.items():
-        if not name.startswith("x-ratelimit-remaining-"):
-            continue
-        left = to_number(value)
-        if not math.isfinite(left):
-            continue
-        if name.startswith("x-ratelimit-remaining-tokens"):
-            left = left / max(1, tokens)
-        rooms.append(int(left))
-    return min(rooms, default=None)
 
 
 # --- 7. Roster and Queue: who can be asked, who is next, and how long to wait -------------------
@@ -3384,6 +3502,8 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return near[0] if near else ""
 
 
+LONGEST_HOLD = 5.0  # seconds
+LOOK_LATER = 0.01  # seconds for each refusal: others probe first
 MIN_SHARE = 0.1  # seconds; an attempt that gets less is not worth a request
 
 
@@ -3404,6 +3524,7 @@ class Queue:
         chance: Clock,
     ) -> None:
         self.deadline = deadline
+        self._half_time = (clock() + deadline) / 2  # our own pacing holds nobody longer
         self._line = [Turn(candidate) for candidate in candidates]
         self._health = health
         self._config = config
@@ -3466,12 +3587,15 @@ class Queue:
 
     def _punish(self, turn: Turn, failure: Failure, jitter: float, now: float, end: int) -> None:
         """Put a turn out of the line, or at its end, or let it wait where it is."""
-        turn.attempts += 1
         if not failure.rule.asked_again:
             self._line.remove(turn)
             return
+        if turn.is_free and turn.free < FREE_REFUSALS:
+            turn.free += 1
+        else:
+            turn.attempts += 1
 
-        due = self._config.backoff(turn.attempts)
+        due = self._config.backoff(max(1, turn.attempts))
         wait = max(due * jitter, failure.hint or 0.0)
         turn.ready_at = now + wait
         is_limit = failure.verdict is Verdict.RATE_LIMITED and self._config.wait_on_rate_limit
@@ -3499,20 +3623,36 @@ class Queue:
         if time_left <= 0 or not turns:
             return None
 
-        chosen = min(turns, key=lambda turn: max(turn.wait, turn.hold))
+        for turn in turns:
+            self._apply_pacing(turn, now)
+        chosen = min(turns, key=wait_of)
         for turn in turns:
             patience = min(turn.patience, time_left / 2)
-            if max(turn.wait, turn.hold) <= max(patience, 0.0):
+            if turn.is_opening:
+                patience = max(patience, turn.hold)
+            if wait_of(turn) <= min(patience, longest):
                 chosen = turn
                 break
         # The same model with another key may be ready sooner.
-        chosen = min(twins_of(chosen, turns), key=lambda turn: max(turn.wait, turn.hold))
+        chosen = min(twins_of(chosen, turns), key=wait_of)
         if chosen.wait > longest:
             return None
-        # Our own pacing is no reason to give up.
-        if chosen.hold <= min(self._config.max_delay, time_left / 2):
-            chosen.wait = max(chosen.wait, chosen.hold)
+        chosen.wait = wait_of(chosen)
         return chosen
+
+    def _apply_pacing(self, turn: Turn, now: float) -> None:
+        """When a turn that our pacing holds looks again; 0: our pacing would be in the way."""
+        if turn.hold > 0:
+            # Whoever was refused does not go first.
+            later = LOOK_LATER * (turn.attempts + turn.free)
+            turn.hold = min(turn.hold, LONGEST_HOLD) + later
+        if now + turn.hold > self._half_time:
+            turn.hold = 0.0
+
+
+def wait_of(turn: Turn) -> float:
+    """The seconds until a turn is asked, or looks again."""
+    return max(turn.wait, turn.hold)
 
 
 def twins_of(turn: Turn, line: Sequence[Turn]) -> List[Turn]:
@@ -3560,9 +3700,11 @@ class Trail:
     def waiting(self, turn: Turn) -> None:
         """A question waits for this turn."""
         self._waited += turn.wait
-        if turn.attempts and turn.wait > turn.hold:
+        if turn.wait <= turn.hold:
+            return  # our own pacing
+        if turn.requests:
             self._tell(f"⏳ Waiting {turn.wait:.2f}s before retry...", again=True)
-        elif turn.wait > turn.hold:
+        else:
             label = turn.candidate.label
             self._tell(f"⏳ Waiting {turn.wait:.2f}s: {label} is rate-limited", again=True)
 
@@ -3867,15 +4009,17 @@ class Parts:
         account, key = self.roster.accounts_of(row)[0]
         asked = list(self.roster.models_of(row))
         served: List[str] = []
-        problem = account.problem
+        problem = "no key" if account.problem else ""
         try:
             if not problem:
                 entries = self.served(row, key, deadline)
                 served = [e["id"] for e in entries if is_chat_model(e, row.free_only)]
                 kind = "free model" if row.free_only else "chat model"
-                problem = "" if served else f"there is no {kind} in its own list"
+                problem = "" if served else f"no {kind} in its own list"
         except Failure as failure:
             problem = failure.summary or failure.reason
+            if failure.cause in (Cause.SILENCE, Cause.TIME_LIMIT):
+                problem = f"no reply within {number_of(CHECK_TIMEOUT)} s"
         models = [model for model in asked if model in served or not served]
         models.extend(model for model in served if model not in asked)
         return ModelList(row.name, models, asked, problem)
@@ -3950,11 +4094,12 @@ class Walk:
             is_answered = self._trail.is_shown  # whoever closes a stream has read enough
             raise
         finally:
-            self._parts.health.count(self._trail.attempts, is_answered)
+            self._parts.health.end(self._trail.attempts, is_answered)
 
     def _begin(self) -> None:
         """Start the clock of the question: a stream may be read long after it was made."""
         parts = self._parts
+        parts.health.begin()
         self._trail = Trail(self._config, self._cancelled, parts.clock)
         self._deadline = parts.clock() + self._timeout
         self._line = Queue(
@@ -3971,14 +4116,12 @@ class Walk:
         health = self._parts.health
         draft = Draft(turn.candidate.model, self._is_live)
         self._trail.asking(turn, draft)
-        is_granted = False
         failure: Optional[Failure] = None
         try:
             with contextlib.closing(self._conversation(turn, draft)) as pieces:
                 for piece in pieces:
-                    if piece and not is_granted:
-                        is_granted = True
-                        health.granted(turn, self._room(draft))
+                    if piece and not turn.is_granted:
+                        health.granted(turn)
                     if piece and self._is_live:
                         yield piece
             failure = rejection(self._question.accept, draft.text)
@@ -3989,8 +4132,8 @@ class Walk:
                 health.closed(turn)
             raise
 
-        if not is_granted and draft.status not in (None, 429):
-            health.granted(turn, None)  # no quota has refused it
+        if not turn.is_granted and draft.status not in (None, 429):
+            health.granted(turn)  # no quota has refused it
         self._learn(turn, failure)
         return failure
 
@@ -3999,13 +4142,9 @@ class Walk:
         if failure is None:
             self._parts.health.answered(turn)
             return
-        self._parts.health.failed(turn, failure, self._config.backoff)
+        turn.is_free = self._parts.health.failed(turn, failure, self._config)
         if failure.cause is Cause.OPTIONS:
             self._parts.without_options.add(turn.candidate.row.name)
-
-    def _room(self, draft: Draft) -> Optional[int]:
-        """How many more requests like this one the server has room for, if it says so."""
-        return room_in(draft.headers, self._question.tokens())
 
     def _conversation(self, turn: Turn, draft: Draft) -> Generator[str, None, None]:
         """The text of an answer as it comes. Raises Failure."""
@@ -4144,7 +4283,7 @@ class Walk:
         advice = failure.advice or failure.rule.advice
         near = self._parts.roster.nearest_model(candidate)
         if failure.verdict is Verdict.GONE and near:
-            advice = f"did you mean {near}? list_models shows all"
+            advice = f"did you mean {near}? see list_models"
         words = {
             "{key}": row.key_env or "the key",
             "{models}": row.variable("MODELS"),
@@ -5074,8 +5213,8 @@ WIDEST = 80  # columns of the help and of tables
 OPTIONS_VARIABLE = "FALLBACK_LLM_OPTS"
 # The names of parameters in messages; some are plain words unless a message begins with them.
 PARAMETER_NAMES = re.compile(
-    r"(?<![-\w])(max_tokens|max_attempts|(idle_)?timeout|(max|base)_delay)\b"
-    r"|(^|(?<=without ))(provider|model|system|temperature)\b"
+    r"(?<![-\w])(max_tokens|max_attempts|(idle_)?timeout|(max|base)_delay|list_models)\b"
+    r"|(^|(?<=without ))(provider|model|system|temperature)\b|\bmodel="
 )
 ENDINGS = """\
 keys: CEREBRAS_API_KEY, GROQ_API_KEY or OPENROUTER_API_KEY; one is enough. They \
@@ -5567,7 +5706,7 @@ def respond(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int
                 printer.feed(piece)
         finally:
             printer.end()
-        answer = stream.answer
+        answer = cast(Answer, stream.answer)
     else:
         answer = llm.complete(**arguments)
         printer.feed(without_fence(answer.text) if args.expect_json else answer.text)
@@ -5742,8 +5881,10 @@ def in_shell_words(error: Exception) -> str:
     return "\n".join(told)
 
 
-def flag_of(match: "re.Match[str]") -> str:
+def flag_of(match: re.Match[str]) -> str:
     """The flag that sets a parameter."""
+    if match.group().startswith("model"):
+        return "-m"
     return "--" + match.group().replace("_", "-")
 
 

@@ -144,7 +144,7 @@ def test_lines_in_other_forms(run: Program, questions: Path) -> None:
     for bad, words in (
         ({**line, "url": "/v1/embeddings", "body": {"input": "talk"}}, "'input'"),
         ({**line, "body": {}}, "missing"),
-        ({**line, "body": {**body, "n": 2}}, "n are not supported"),
+        ({**line, "body": {**body, "n": 2}}, "n is not supported"),
     ):
         questions.write_text(json.dumps(bad))
         refused(run, BATCH, "line 1", words)
@@ -183,7 +183,7 @@ def test_gaps_in_a_data_set(run: Program, questions: Path) -> None:
         ('"Provider": "groq"', "did you mean 'provider'"),
         ('"temprature": 0', "did you mean 'temperature'"),
         ('"stream": true', "stream"),
-        ('"n": 2', "n are not supported"),
+        ('"n": 2', "n is not supported"),
     ],
 )
 def test_columns_that_look_like_arguments(

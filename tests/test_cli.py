@@ -722,14 +722,14 @@ def test_no_key_is_ever_shown(run: Program, arguments: str) -> None:
 
 
 def test_dotenv_in_its_spellings(run: Program) -> None:
-    """Byte order mark, CRLF, export, spaces, quotes and comments are understood, $ is literal."""
+    """Byte order mark, CRLF, export, spaces, quotes and comments are understood."""
     run.plan(DOWN)
     (run.folder / ".env").write_bytes(
         b"\xef\xbb\xbfexport CEREBRAS_API_KEY=csk-one\r\nGROQ_MODELS=mine\r\n"
-        b'GROQ_API_KEY = "gsk-$HOME" # groq\r\nOPENROUTER_API_KEY=sk-or-three # openrouter\r\n'
+        b'GROQ_API_KEY = "gsk-two" # groq\r\nOPENROUTER_API_KEY=sk-or-three # openrouter\r\n'
     )
     run.inside("q", "--max-attempts", "1", env={**dict.fromkeys(KEYS), "GROQ_MODELS": None})
-    assert bearers(run) == ["csk-one", "gsk-$HOME", "sk-or-three"]
+    assert bearers(run) == ["csk-one", "gsk-two", "sk-or-three"]
     assert run.models == ["one", "mine", "three"]
 
 
@@ -795,10 +795,10 @@ def test_no_key_because_of_a_dotenv(run: Program, content: bytes, told: str) -> 
 
 @pytest.mark.parametrize("flags", [[], ["-v"]], ids=str)
 def test_names_in_a_dotenv_that_have_no_effect(run: Program, flags: list[str]) -> None:
-    """What looks like one of ours and is ignored is told with -v."""
+    """An address always, as questions would go elsewhere; other names like ours with -v."""
     (run.folder / ".env").write_text("GROQ_KEY=x\nGROQ_BASE_URL=y\nGROQ_MODELS=z\nPATH=/\n")
     told = re.findall(r"(\w+) has no effect", run.inside("q", *flags).stderr)
-    assert told == (["GROQ_KEY", "GROQ_BASE_URL"] if flags else [])
+    assert told == (["GROQ_KEY", "GROQ_BASE_URL"] if flags else ["GROQ_BASE_URL"])
 
 
 @pytest.mark.parametrize("blank", [" ", "\n", " \n", "\t", "\r\n", "\\"])
@@ -948,10 +948,10 @@ def test_what_cannot_get_better_is_asked_once(
         (
             "--provider groq",
             {},
-            "No answer; asked: groq (1 model); not chosen: cerebras, openrouter",
+            "No answer: without --provider, cerebras or openrouter could answer",
         ),
         ("--provider groq,cerebras,openrouter", {}, "All providers and models failed"),
-        ("-m groq:mine", {}, "No answer; asked: groq (1 model); not chosen: cerebras, openrouter"),
+        ("-m groq:mine", {}, "No answer: without -m, cerebras or openrouter could answer"),
     ],
     ids=["all", "one key", "one provider", "all by name", "one model"],
 )
@@ -970,14 +970,13 @@ def test_the_sum_says_who_was_not_asked(run: Program) -> None:
     result = run.inside("q", "--timeout", "1", env={"CEREBRAS_MODELS": names})
     assert result[:2] == (1, "")
     head = sum_of(result.stderr)[0]
-    sentence = (
-        r"❌ No answer within the time limit; asked: cerebras \((\d+) models\); not asked: (.*)"
+    told = re.fullmatch(
+        r"❌ No answer within the time limit of 1 s: (\d+) models of cerebras not asked; "
+        r"1 model of groq not asked; 1 model of openrouter not asked",
+        head,
     )
-    told = re.fullmatch(sentence, head)
     assert told is not None
-    asked = int(told.group(1))
-    assert asked == len(run.asked)
-    assert told.group(2) == f"cerebras ({40 - asked} models), groq (1 model), openrouter (1 model)"
+    assert int(told.group(1)) == 40 - len(run.asked)
 
 
 def test_flags_are_named_in_advice_and_servers_are_quoted(run: Program) -> None:
