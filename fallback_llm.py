@@ -3049,7 +3049,7 @@ class Health:
             self._forgive(turn.candidate, turn.begun)
 
     def failed(self, turn: Turn, failure: Failure, config: RetryConfig) -> bool:
-        """A request failed. Whether it costs no attempt: a crowd met a quota that answers others."""
+        """A request failed. Whether it costs no attempt: the quota of a crowd answers others."""
         with self._locked() as now:
             candidate = turn.candidate
             lane = self._lane(lane_keys(candidate, failure.reach)[0])
