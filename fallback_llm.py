@@ -1626,29 +1626,28 @@ def utf8_line(line: bytes) -> str:
 
 def events_in(lines: Iterable[str]) -> Iterator[Event]:
     """The events of a body; a body without any is one plain event at its end. Raises Failure."""
-    data: List[str] = []  # of the event that is being read
-    kind = ""
+    fields: Dict[str, List[str]] = {"data": [], "event": []}  # of the event that is being read
     plain: Optional[List[str]] = []  # lines that are no fields of an event; None: it is a stream
     size = 0
     for line in itertools.chain(lines, [""]):
         size += len(line)
         if size > MAX_EVENT:
             raise Failure(Verdict.FAULT, "the reply is longer than any answer")
-        name, _, value = line.partition(":")
-        if name == "data":
-            data.append(value)
-        elif name == "event":
-            kind = value.strip()
-        elif line == "":
-            event = Event("\n".join(data).strip(), kind)
-            data.clear()
-            kind = ""
-            if event.data:
-                plain = None
-                size = 0
-                yield event
-        elif plain is not None and name not in ("", "id", "retry"):
-            plain.append(line)
+        if line:
+            name, _, value = line.partition(":")
+            if name in fields:
+                fields[name].append(value)
+            elif plain is not None and name not in ("", "id", "retry"):
+                plain.append(line)
+            continue
+
+        data = "\n".join(fields["data"]).strip()
+        kind = "".join(fields["event"][-1:]).strip()
+        fields = {"data": [], "event": []}
+        if data:
+            plain = None
+            size = 0
+            yield Event(data, kind)
     if plain is not None:
         yield Event("\n".join(plain).strip(), is_plain=True)
 
@@ -3096,11 +3095,7 @@ class Health:
         """What is known of a provider's account, by its latest failure since its last success."""
         with self._locked() as now:
             known = self._lanes.get((name, key, ""), Lane())
-            lanes = [
-                lane
-                for (owner, account, _), lane in list(self._lanes.items())
-                if owner == name and account in ("", key) and lane.failures
-            ]
+            lanes = [lane for lane in self._lanes_of(name, key) if lane.failures]
         latest = max(lanes, key=lambda lane: lane.failed_at, default=Lane())
         left = max(latest.ready_at, latest.later_until) - now
         health = ProviderHealth(
@@ -3184,6 +3179,14 @@ class Health:
                 lane.be_careful()
         return lane
 
+    def _lanes_of(self, name: str, key: str) -> List[Lane]:
+        """All lanes of an account and of its provider as a whole."""
+        lanes = []
+        for (owner, account, _), lane in list(self._lanes.items()):
+            if owner == name and account in ("", key):
+                lanes.append(lane)
+        return lanes
+
     def _forget_silent_lanes(self) -> None:
         """Forget lanes that nobody is in, and that nobody has to wait for."""
         for key, lane in list(self._lanes.items()):
@@ -3208,11 +3211,9 @@ class Health:
                 lane.forgive()
         account = self._lane(lane_keys(candidate, Reach.ACCOUNT)[0])
         account.last_success = self._wall_clock()
-        name, key, _ = lane_keys(candidate)[0]
-        for (owner, other, _), lane in list(self._lanes.items()):
-            if owner == name and other in ("", key) and lane.failed_at > begun:
-                return
-        account.failures_in_a_row = 0
+        lanes = self._lanes_of(candidate.row.name, candidate.key)
+        if all(lane.failed_at <= begun for lane in lanes):
+            account.failures_in_a_row = 0
 
     def _add(self, trail: Sequence[Attempt], is_answered: bool) -> None:
         """Add a question to the statistics."""
