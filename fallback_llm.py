@@ -940,8 +940,8 @@ RULES: Sequence[Tuple[Ruling, str]] = (
     (FAULT, has_code("model_*overloaded model_*timeout model_*error")),
     (GONE, has_code("model_* no_endpoints free_variant_ended")),
     (UNSUITABLE, says("request too large|reduce the length of|input is too long")),
-    (UNSUITABLE, says(f"maximum {GAP}context|exceed {GAP}context|context length {GAP}exceed")),
-    (UNSUITABLE, says(f"context window {GAP}exceed|data[ -]policy|guardrail restriction")),
+    (UNSUITABLE, says(f"maximum{GAP}context|exceed{GAP}context|context length{GAP}exceed")),
+    (UNSUITABLE, says(f"context window{GAP}exceed|data[ -]policy|guardrail restriction")),
     (UNSUITABLE, says("no endpoints (?:found|available) that (?:support|can)")),
     (UNSUITABLE, rf"^step .*?(?:{SOMETHING_ELSE})"),
     (FAULT, every(of_status("404"), says("no endpoints available"))),
@@ -1592,7 +1592,7 @@ class Event(NamedTuple):
     is_plain: bool = False  # the body was no event stream
 
 
-MAX_EVENT = 8 * 1024 * 1024  # bytes; no model says more
+MAX_EVENT = 4 * 1024 * 1024  # bytes; no model says more
 
 
 NEWLINE = re.compile(rb"\r\n|\n|\r(?=.)", re.DOTALL)  # after a last \r, \n may come
@@ -3095,6 +3095,7 @@ class Health:
         """What is known of a provider's account, by its latest failure since its last success."""
         with self._locked() as now:
             known = self._lanes.get((name, key, ""), Lane())
+            host = self._lanes.get((name, "", ""), Lane())
             lanes = [lane for lane in self._lanes_of(name, key) if lane.failures]
         latest = max(lanes, key=lambda lane: lane.failed_at, default=Lane())
         left = max(latest.ready_at, latest.later_until) - now
@@ -3105,7 +3106,7 @@ class Health:
         )
         if not has_key or latest.verdict is Verdict.DENIED:
             health.status = ProviderStatus.UNAVAILABLE
-        elif known.failures_in_a_row == 0:
+        elif known.failures_in_a_row == 0 and not host.failures:
             health.status = ProviderStatus.HEALTHY
         elif latest.verdict is Verdict.RATE_LIMITED:
             health.rate_limit_reset_time = self._wall_clock() + left
