@@ -2821,9 +2821,9 @@ class Lane:
         self.later_until = -math.inf
         self.leased_until = -math.inf
 
-    def is_silent(self) -> bool:
-        """Whether the lane says nothing that matters."""
-        return self.failures == 0 and self._under_way == 0
+    def is_silent(self, now: float) -> bool:
+        """Whether nobody is in the lane, and nobody has to wait for it."""
+        return self._under_way == 0 and now > max(self.ready_at, self.later_until)
 
     def forget_pace(self) -> None:
         """Begin as if nobody had been asked."""
@@ -3007,7 +3007,7 @@ class Health:
         turn.wait = max(0.0, round(ready_at - now, 6))  # less is a clock's rounding
         turn.hold = 0.0
         if self._open > 1 and turn.wait == 0:
-            turn.hold = max(lane.hold(now) for lane in lanes)
+            turn.hold = max(lane.hold(now) for lane in self._paced_lanes(turn.candidate))
         is_careful = (turn.candidate.row.name, turn.candidate.key) in self._careful
         turn.is_opening = turn.hold <= HOLD and not is_careful
         is_later = any(now < max(lane.later_until, lane.leased_until) for lane in lanes)
@@ -3018,9 +3018,10 @@ class Health:
         turn.has_slot = True
         turn.is_granted = False
         turn.begun = now
+        for lane in self._paced_lanes(turn.candidate):
+            lane.take(now)
         for key in lane_keys(turn.candidate):
             lane = self._lane(key)
-            lane.take(now)
             if lane.failures:
                 lane.leased_until = now + turn.candidate.row.idle_timeout + CONNECT_TIMEOUT
 
@@ -3035,8 +3036,8 @@ class Health:
         """A request was not refused: its answer begins, or it failed for another reason."""
         with self._locked() as now:
             turn.is_granted = True
-            for key in lane_keys(turn.candidate):
-                self._lane(key).granted(turn.begun, now)
+            for lane in self._paced_lanes(turn.candidate):
+                lane.granted(turn.begun, now)
 
     def closed(self, turn: Turn) -> None:
         """Note that the caller has read enough of an answer."""
@@ -3104,7 +3105,8 @@ class Health:
             last_failure=known.last_failure,
             consecutive_failures=known.failures_in_a_row,
         )
-        if not has_key or latest.verdict is Verdict.DENIED:
+        is_denied = latest.verdict is Verdict.DENIED and known.failures_in_a_row > 0
+        if not has_key or is_denied:
             health.status = ProviderStatus.UNAVAILABLE
         elif known.failures_in_a_row == 0 and not host.failures:
             health.status = ProviderStatus.HEALTHY
@@ -3180,6 +3182,10 @@ class Health:
                 lane.be_careful()
         return lane
 
+    def _paced_lanes(self, candidate: Candidate) -> List[Lane]:
+        """The lanes of a model and of its account; a host as a whole has no pace."""
+        return [self._lane(key) for key in lane_keys(candidate)[:2]]
+
     def _lanes_of(self, name: str, key: str) -> List[Lane]:
         """All lanes of an account and of its provider as a whole."""
         lanes = []
@@ -3190,18 +3196,21 @@ class Health:
 
     def _forget_silent_lanes(self) -> None:
         """Forget lanes that nobody is in, and that nobody has to wait for."""
+        now = self._clock()
         for key, lane in list(self._lanes.items()):
-            if lane.is_silent():
+            if lane.is_silent(now):
                 del self._lanes[key]
+        self._careful &= {key[:2] for key in self._lanes}
 
     def _end(self, candidate: Candidate, was_granted: bool) -> None:
         """A request is not under way any more, and nobody is trying the candidate."""
         now = self._clock()
         for key in lane_keys(candidate):
             lane = self._lane(key)
-            if not was_granted:
-                lane.ended()
             lane.leased_until = min(lane.leased_until, now)
+        if not was_granted:
+            for lane in self._paced_lanes(candidate):
+                lane.ended()
 
     def _forgive(self, candidate: Candidate, begun: float) -> None:
         """Forget the failures before a success that began at `begun`, not those since then."""
@@ -4075,9 +4084,10 @@ class Walk:
 
     def run(self) -> Generator[str, None, Answer]:
         """Ask whoever is next until one answers; live text comes out as it comes in."""
-        self._begin()
+        self._trail = Trail(self._config, self._cancelled, self._parts.clock)
         is_answered = False
         try:
+            self._begin()
             while True:
                 with self._line.next() as turn:
                     if turn is None or self._cancelled.is_set():
@@ -4102,7 +4112,6 @@ class Walk:
         """Start the clock of the question: a stream may be read long after it was made."""
         parts = self._parts
         parts.health.begin()
-        self._trail = Trail(self._config, self._cancelled, parts.clock)
         self._deadline = parts.clock() + self._timeout
         self._line = Queue(
             self._candidates, self._deadline, parts.health, self._config, parts.clock, parts.chance
