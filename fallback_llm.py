@@ -813,6 +813,7 @@ class Failure(Exception):
     hint: Optional[float] = None  # seconds after which the server wants to be asked again
     advice: str = ""  # what to do, where the verdict's own advice does not fit
     summary: str = ""  # the reason in a few words, for the end of a question that failed
+    is_free: bool = False  # it costs no attempt: the quota of a crowd answers others
 
     @property
     def rule(self) -> VerdictRule:
@@ -2759,8 +2760,7 @@ class Turn:
     turns: int = 0  # it has had, and lost its place with; who has had fewer comes before
     place: int = 0  # among those who have had as many
     had_second: bool = False  # it was asked again at once: the first time was our own fault
-    is_free: bool = False  # the latest refusal costs no attempt
-    free: int = 0  # refusals that cost none
+    free: int = 0  # refusals that cost no attempt
     # As it stood when the question last looked at it:
     wait: float = 0.0  # seconds until it can be asked
     hold: float = 0.0  # seconds until it looks again, for our own pacing
@@ -3048,8 +3048,8 @@ class Health:
         with self._locked():
             self._forgive(turn.candidate, turn.begun)
 
-    def failed(self, turn: Turn, failure: Failure, config: RetryConfig) -> bool:
-        """A request failed. Whether it costs no attempt: the quota of a crowd answers others."""
+    def failed(self, turn: Turn, failure: Failure, config: RetryConfig) -> None:
+        """A request failed; notes whether that costs an attempt."""
         with self._locked() as now:
             candidate = turn.candidate
             lane = self._lane(lane_keys(candidate, failure.reach)[0])
@@ -3057,9 +3057,9 @@ class Health:
                 lane.silences += 1
             is_silent = lane.silences >= SHORT_SILENCES
             if failure.cause in (Cause.STALE, Cause.TIME_LIMIT) or not failure.rule.counts:
-                return False
+                return
             if failure.cause is Cause.TIME_SHARE and not is_silent:
-                return False  # the time was short, which says little of the model
+                return  # the time was short, which says little of the model
             is_limit = failure.verdict is Verdict.RATE_LIMITED
             if is_limit and self._open > 1 and (failure.hint or 0.0) <= LONG_HINT:
                 lane.refused(turn.begun, now, failure.hint, config.backoff)
@@ -3075,7 +3075,7 @@ class Health:
             lane.failed_at = now
             lane.later_until = now + guess
             lane.ready_at = max(lane.ready_at, now + (failure.hint or 0.0))
-            return is_limit and lane.is_alive(now, config.max_delay)
+            failure.is_free = is_limit and lane.is_alive(now, config.max_delay)
 
     def _be_careful(self, candidate: Candidate, limited: Lane) -> None:
         """The other models of an account may have a limit, too."""
@@ -3601,7 +3601,7 @@ class Queue:
         if not failure.rule.asked_again:
             self._line.remove(turn)
             return
-        if turn.is_free and turn.free < FREE_REFUSALS:
+        if failure.is_free and turn.free < FREE_REFUSALS:
             turn.free += 1
         else:
             turn.attempts += 1
@@ -4153,7 +4153,7 @@ class Walk:
         if failure is None:
             self._parts.health.answered(turn)
             return
-        turn.is_free = self._parts.health.failed(turn, failure, self._config)
+        self._parts.health.failed(turn, failure, self._config)
         if failure.cause is Cause.OPTIONS:
             self._parts.without_options.add(turn.candidate.row.name)
 
