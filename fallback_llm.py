@@ -3430,7 +3430,7 @@ class Roster:
         problems = [f"   {account.label}: {account.problem}" for account in self.accounts(names)]
         others = [a.label for a in self.accounts(list(self.all_rows)) if not a.problem]
         if others:
-            advice = f"   {', '.join(others)} could answer → leave provider out, or choose it"
+            advice = f"   {', '.join(others)} could answer → try without provider"
             return "\n".join([f"No usable key for {', '.join(names)}", *problems, advice])
 
         lines = ["No API keys found! Please set environment variables:"]
@@ -3713,7 +3713,7 @@ class Trail:
         self._waited += turn.wait
         if turn.wait <= turn.hold:
             return  # our own pacing
-        if turn.requests:
+        if turn.attempts or turn.requests:
             self._tell(f"⏳ Waiting {turn.wait:.2f}s before retry...", again=True)
         else:
             label = turn.candidate.label
