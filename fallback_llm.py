@@ -3770,7 +3770,7 @@ class Trail:
             self._tell(line.rstrip(": "), logging.WARNING)
         used = turn.attempts + 1
         is_over = failure.rule.asked_again and used >= self._config.max_attempts
-        if is_over and used > 1 and not self.is_shown:
+        if is_over and used > 1 and not failure.is_free and not self.is_shown:
             line = f"🔄 {candidate.label} {candidate.model} exhausted all {used} retry attempts"
             self._tell(line)
 
@@ -3941,7 +3941,7 @@ def rejection(accept: Optional[Accept], text: str) -> Optional[Failure]:
         reason = "the answer was not accepted"
     except (ValueError, LookupError, TypeError) as error:  # as json.loads(text)["x"] raises them
         reason = f"the answer was not accepted: {error}"
-    return Failure(Verdict.REJECTED, reason[:MAX_LINE])
+    return Failure(Verdict.REJECTED, one_line(reason)[:MAX_LINE])
 
 
 def is_chat_model(entry: object, free_only: bool) -> bool:
