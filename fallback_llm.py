@@ -350,6 +350,7 @@ def is_placeholder(value: str) -> bool:
     return len(last_part) >= 3 and not last_part.strip("x")
 
 
+@functools.lru_cache(maxsize=256)
 def flaw_of(key: str) -> str:
     """What is wrong with a key, "" if it can be sent."""
     if not key:
@@ -1607,7 +1608,8 @@ def lines_in(pieces: Iterable[bytes]) -> Iterator[str]:
         rest.append(piece)
         size += len(piece)
         if b"\n" in piece or b"\r" in piece:
-            *lines, last = NEWLINE.split(b"".join(rest))
+            data = b"".join(rest)
+            *lines, last = NEWLINE.split(data) if b"\r" in data else data.split(b"\n")
             rest = [last]
             size = len(last)
             for line in lines:
@@ -1620,14 +1622,16 @@ def lines_in(pieces: Iterable[bytes]) -> Iterator[str]:
 def utf8_line(line: bytes) -> str:
     """The text of a line, without a byte order mark. Raises Failure if it is not UTF-8."""
     try:
-        return line.decode("utf-8-sig").rstrip("\r")
+        text = line.decode()
     except UnicodeDecodeError:
         raise Failure(Verdict.FAULT, "the answer is not UTF-8") from None
+    return text.strip("\ufeff\r")
 
 
-def events_in(lines: Iterable[str]) -> Iterator[Event]:
+def events_in(lines: Iterable[str]) -> Iterator[Event]:  # noqa: C901 - seen whole, it is simple
     """The events of a body; a body without any is one plain event at its end. Raises Failure."""
-    fields: Dict[str, List[str]] = {"data": [], "event": []}  # of the event that is being read
+    data: List[str] = []  # of the event that is being read
+    kind = ""
     plain: Optional[List[str]] = []  # lines that are no fields of an event; None: it is a stream
     size = 0
     for line in itertools.chain(lines, [""]):
@@ -1636,19 +1640,21 @@ def events_in(lines: Iterable[str]) -> Iterator[Event]:
             raise Failure(Verdict.FAULT, "the reply is longer than any answer")
         if line:
             name, _, value = line.partition(":")
-            if name in fields:
-                fields[name].append(value)
+            if name == "data":
+                data.append(value)
+            elif name == "event":
+                kind = value.strip()
             elif plain is not None and name not in ("", "id", "retry"):
                 plain.append(line)
             continue
 
-        data = "\n".join(fields["data"]).strip()
-        kind = "".join(fields["event"][-1:]).strip()
-        fields = {"data": [], "event": []}
-        if data:
+        text = "\n".join(data).strip()
+        if text:
+            yield Event(text, kind)
             plain = None
             size = 0
-            yield Event(data, kind)
+        data.clear()
+        kind = ""
     if plain is not None:
         yield Event("\n".join(plain).strip(), is_plain=True)
 
@@ -1750,11 +1756,12 @@ THOUGHT_FIELDS = (
     "thought",
     "thoughts",
 )
-ERROR_FIELDS = ("error", "error_message", "error_type", "detail")
+ERROR_FIELDS = frozenset(["error", "error_message", "error_type", "detail"])
 MODERATION_WORDS = {"guard", "safeguard", "guardian", "wildguard", "shield", "shieldgemma"}
 MODERATION_WORDS |= {"moderation"}
 
 
+@functools.lru_cache(maxsize=256)
 def is_moderation_model(name: str) -> bool:
     """Whether a model judges texts rather than answering them."""
     words = re.split(r"[^a-z0-9]", name.lower())
@@ -1951,9 +1958,8 @@ class Draft:
         """Whether these hold reasoning, under any of its names; notes words of refusal."""
         found = False
         for message in messages:
-            for name in THOUGHT_FIELDS:
-                thought = message.get(name)
-                if not is_empty(thought):
+            for name, thought in message.items():
+                if name in THOUGHT_FIELDS and not is_empty(thought):
                     found = True
                     self._size += len(thought) if isinstance(thought, str) else 0
             content = message.get("content")
@@ -1968,10 +1974,13 @@ class Draft:
     def _raise_error_inside(self, said: Json, choice: Json, groq: Json) -> None:
         """Raise ErrorInside if the event carries an error, wherever it is."""
         for place in (said, choice, groq):
-            found = {name: place[name] for name in ERROR_FIELDS if not is_empty(place.get(name))}
-            if found:
-                raise ErrorInside({"status_code": said.get("status_code"), **found})
-        if str(choice.get("finish_reason")).lower() == "error":
+            if not ERROR_FIELDS.isdisjoint(place):
+                names = [name for name in ERROR_FIELDS if not is_empty(place.get(name))]
+                found = {name: place[name] for name in names}
+                if found:
+                    raise ErrorInside({"status_code": said.get("status_code"), **found})
+        finish_reason = choice.get("finish_reason")
+        if finish_reason and str(finish_reason).lower() == "error":
             raise ErrorInside(
                 {"error": choice.get("native_finish_reason") or "finish_reason error"}
             )
@@ -2748,29 +2757,6 @@ class Candidate(NamedTuple):
         return f"<{self.label} {self.model}>"
 
 
-@dataclasses.dataclass(eq=False)
-class Turn:
-    """A candidate in the line of one question."""
-
-    candidate: Candidate
-    attempts: int = 0  # used, also by failures that reached the whole provider
-    requests: int = 0  # sent
-    ready_at: float = -math.inf  # the question does not ask it before
-    patience: float = 0.0  # how long the question waits for it although others are ready
-    turns: int = 0  # it has had, and lost its place with; who has had fewer comes before
-    place: int = 0  # among those who have had as many
-    had_second: bool = False  # it was asked again at once: the first time was our own fault
-    free: int = 0  # refusals that cost no attempt
-    # As it stood when the question last looked at it:
-    wait: float = 0.0  # seconds until it can be asked
-    hold: float = 0.0  # seconds until it looks again, for our own pacing
-    is_opening: bool = False  # held only since many are under way, and no limit is known
-    is_later: bool = False  # it failed lately, or somebody is trying it just now
-    has_slot: bool = False  # it is being asked
-    is_granted: bool = False  # and is being answered
-    begun: float = 0.0  # when it was asked
-
-
 MAX_GUESS = 20.0  # seconds for which a fault puts a model last: it may recover at any time
 SHORT_SILENCES = 2  # times that a model did not answer within its share of the time, to learn it
 MOST_LANES = 1000  # those that say nothing are forgotten then: keys may change all the time
@@ -2948,15 +2934,40 @@ class Lane:
         self._gap = self._measured
 
 
+@dataclasses.dataclass(eq=False)
+class Turn:
+    """A candidate in the line of one question."""
+
+    candidate: Candidate
+    lanes: List[Lane]  # of its model, its account and its provider's host
+    attempts: int = 0  # used, also by failures that reached the whole provider
+    requests: int = 0  # sent
+    ready_at: float = -math.inf  # the question does not ask it before
+    patience: float = 0.0  # how long the question waits for it although others are ready
+    turns: int = 0  # it has had, and lost its place with; who has had fewer comes before
+    place: int = 0  # among those who have had as many
+    had_second: bool = False  # it was asked again at once: the first time was our own fault
+    free: int = 0  # refusals that cost no attempt
+    # As it stood when the question last looked at it:
+    wait: float = 0.0  # seconds until it can be asked
+    hold: float = 0.0  # seconds until it looks again, for our own pacing
+    is_opening: bool = False  # held only since many are under way, and no limit is known
+    is_later: bool = False  # it failed lately, or somebody is trying it just now
+    has_slot: bool = False  # it is being asked
+    is_granted: bool = False  # and is being answered
+    begun: float = 0.0  # when it was asked
+
+    @property
+    def paced_lanes(self) -> List[Lane]:
+        """The lanes of its model and its account; a host as a whole has no pace."""
+        return self.lanes[:2]
+
+    def lane_of(self, reach: Reach) -> Lane:
+        """The lane that a failure with this reach is about."""
+        return self.lanes[list(Reach).index(reach)]
+
+
 LaneKey = Tuple[str, str, str]  # the provider, the key and the model; "" stands for all of them
-
-
-def lane_keys(candidate: Candidate, reach: Reach = Reach.MODEL) -> List[LaneKey]:
-    """The lanes that a candidate is in, from the one with this reach on."""
-    name = candidate.row.name
-    key = candidate.key
-    keys: List[LaneKey] = [(name, key, candidate.model), (name, key, ""), (name, "", "")]
-    return keys[list(Reach).index(reach) :]
 
 
 class Health:
@@ -3002,15 +3013,14 @@ class Health:
         Not before the question's own backoff and the servers' word; nor, for a while, before our
         own pacing. Whoever failed lately, or is being tried by somebody, is asked last.
         """
-        lanes = [self._lane(key) for key in lane_keys(turn.candidate)]
-        ready_at = max(turn.ready_at, *[lane.ready_at for lane in lanes])
+        ready_at = max(turn.ready_at, *[lane.ready_at for lane in turn.lanes])
         turn.wait = max(0.0, round(ready_at - now, 6))  # less is a clock's rounding
         turn.hold = 0.0
         if self._open > 1 and turn.wait == 0:
-            turn.hold = max(lane.hold(now) for lane in self._paced_lanes(turn.candidate))
+            turn.hold = max(lane.hold(now) for lane in turn.paced_lanes)
         is_careful = (turn.candidate.row.name, turn.candidate.key) in self._careful
         turn.is_opening = turn.hold <= HOLD and not is_careful
-        is_later = any(now < max(lane.later_until, lane.leased_until) for lane in lanes)
+        is_later = any(now < max(lane.later_until, lane.leased_until) for lane in turn.lanes)
         turn.is_later = is_later and turn.attempts == 0
 
     def _take(self, turn: Turn, now: float) -> None:
@@ -3018,10 +3028,9 @@ class Health:
         turn.has_slot = True
         turn.is_granted = False
         turn.begun = now
-        for lane in self._paced_lanes(turn.candidate):
+        for lane in turn.paced_lanes:
             lane.take(now)
-        for key in lane_keys(turn.candidate):
-            lane = self._lane(key)
+        for lane in turn.lanes:
             if lane.failures:
                 lane.leased_until = now + turn.candidate.row.idle_timeout + CONNECT_TIMEOUT
 
@@ -3030,29 +3039,28 @@ class Health:
         for turn in line:
             if turn.has_slot:
                 turn.has_slot = False
-                self._news.append(functools.partial(self._end, turn.candidate, turn.is_granted))
+                self._news.append(functools.partial(self._end, turn))
 
     def granted(self, turn: Turn) -> None:
         """A request was not refused: its answer begins, or it failed for another reason."""
         with self._locked() as now:
             turn.is_granted = True
-            for lane in self._paced_lanes(turn.candidate):
+            for lane in turn.paced_lanes:
                 lane.granted(turn.begun, now)
 
     def closed(self, turn: Turn) -> None:
         """Note that the caller has read enough of an answer."""
-        self._news.append(functools.partial(self._forgive, turn.candidate, turn.begun))
+        self._news.append(functools.partial(self._forgive, turn))
 
     def answered(self, turn: Turn) -> None:
         """A request was answered."""
         with self._locked():
-            self._forgive(turn.candidate, turn.begun)
+            self._forgive(turn)
 
     def failed(self, turn: Turn, failure: Failure, config: RetryConfig) -> None:
         """A request failed; notes whether that costs an attempt."""
         with self._locked() as now:
-            candidate = turn.candidate
-            lane = self._lane(lane_keys(candidate, failure.reach)[0])
+            lane = turn.lane_of(failure.reach)
             if failure.cause is Cause.TIME_SHARE:
                 lane.silences += 1
             is_silent = lane.silences >= SHORT_SILENCES
@@ -3063,9 +3071,9 @@ class Health:
             is_limit = failure.verdict is Verdict.RATE_LIMITED
             if is_limit and self._open > 1 and (failure.hint or 0.0) <= LONG_HINT:
                 lane.refused(turn.begun, now, failure.hint, config.backoff)
-                self._be_careful(candidate, lane)
+                self._be_careful(turn.candidate, lane)
 
-            account = self._lane(lane_keys(candidate, Reach.ACCOUNT)[0])
+            account = turn.lane_of(Reach.ACCOUNT)
             account.last_failure = self._wall_clock()
             if turn.begun >= lane.failed_at:  # those that were under way together count once
                 lane.failures += 1
@@ -3086,11 +3094,20 @@ class Health:
                 if key[:2] == account and lane is not limited:
                     lane.be_careful()
 
+    def turns(self, candidates: Iterable[Candidate]) -> List[Turn]:
+        """The turns of a new question, each with the lanes that it is in."""
+        turns = []
+        with self._locked():
+            for candidate in candidates:
+                name, key = candidate.row.name, candidate.key
+                lanes = [self._lane(name, key, candidate.model), self._lane(name, key, "")]
+                turns.append(Turn(candidate, [*lanes, self._lane(name, "", "")]))
+        return turns
+
     def wait_for_server(self, candidate: Candidate) -> float:
         """Seconds until the server wants to be asked again, 0 if it did not say."""
-        with self._locked() as now:
-            ends = [self._lane(key).ready_at for key in lane_keys(candidate)]
-        return max(0.0, max(ends) - now)
+        (turn,) = self.turns([candidate])
+        return max(0.0, max(lane.ready_at for lane in turn.lanes) - self._clock())
 
     def of_account(self, name: str, key: str, has_key: bool) -> ProviderHealth:
         """What is known of a provider's account, by its latest failure since its last success."""
@@ -3124,7 +3141,7 @@ class Health:
         While one question fetches it the others wait; None: it was fetched a short time ago.
         """
         with self._locked() as now:
-            lane = self._lane((name, "", ""))
+            lane = self._lane(name, "", "")
             if now < lane.searching_until:
                 return HOLD
             if now < lane.search_again_at:
@@ -3135,7 +3152,7 @@ class Health:
     def searched(self, name: str, is_known: bool) -> None:
         """A provider's models list is known, or it could not be had."""
         with self._locked() as now:
-            lane = self._lane((name, "", ""))
+            lane = self._lane(name, "", "")
             lane.searching_until = now
             lane.search_again_at = now + (LIST_PAUSE if is_known else MAX_GUESS)
 
@@ -3171,20 +3188,16 @@ class Health:
                     self._is_catching_up = False
             yield self._clock()
 
-    def _lane(self, key: LaneKey) -> Lane:
-        """The lane with this key."""
-        lane = self._lanes.get(key)
+    def _lane(self, name: str, key: str, model: str) -> Lane:
+        """The lane of a model, or of all models, keys or both, which "" stands for."""
+        lane = self._lanes.get((name, key, model))
         if lane is None:
             if len(self._lanes) >= MOST_LANES:
                 self._forget_silent_lanes()
-            lane = self._lanes.setdefault(key, Lane())
-            if key[:2] in self._careful:
+            lane = self._lanes.setdefault((name, key, model), Lane())
+            if (name, key) in self._careful:
                 lane.be_careful()
         return lane
-
-    def _paced_lanes(self, candidate: Candidate) -> List[Lane]:
-        """The lanes of a model and of its account; a host as a whole has no pace."""
-        return [self._lane(key) for key in lane_keys(candidate)[:2]]
 
     def _lanes_of(self, name: str, key: str) -> List[Lane]:
         """All lanes of an account and of its provider as a whole."""
@@ -3202,27 +3215,25 @@ class Health:
                 del self._lanes[key]
         self._careful &= {key[:2] for key in self._lanes}
 
-    def _end(self, candidate: Candidate, was_granted: bool) -> None:
+    def _end(self, turn: Turn) -> None:
         """A request is not under way any more, and nobody is trying the candidate."""
         now = self._clock()
-        for key in lane_keys(candidate):
-            lane = self._lane(key)
+        for lane in turn.lanes:
             lane.leased_until = min(lane.leased_until, now)
-        if not was_granted:
-            for lane in self._paced_lanes(candidate):
+        if not turn.is_granted:
+            for lane in turn.paced_lanes:
                 lane.ended()
 
-    def _forgive(self, candidate: Candidate, begun: float) -> None:
-        """Forget the failures before a success that began at `begun`, not those since then."""
-        for key in lane_keys(candidate):
-            lane = self._lane(key)
+    def _forgive(self, turn: Turn) -> None:
+        """Forget the failures before the request that succeeded, not those since then."""
+        for lane in turn.lanes:
             lane.silences = 0
-            if lane.failed_at <= begun:
+            if lane.failed_at <= turn.begun:
                 lane.forgive()
-        account = self._lane(lane_keys(candidate, Reach.ACCOUNT)[0])
+        account = turn.lane_of(Reach.ACCOUNT)
         account.last_success = self._wall_clock()
-        lanes = self._lanes_of(candidate.row.name, candidate.key)
-        if all(lane.failed_at <= begun for lane in lanes):
+        lanes = self._lanes_of(turn.candidate.row.name, turn.candidate.key)
+        if all(lane.failed_at <= turn.begun for lane in lanes):
             account.failures_in_a_row = 0
 
     def _add(self, trail: Sequence[Attempt], is_answered: bool) -> None:
@@ -3350,8 +3361,9 @@ class Roster:
         """Raise ValueError unless these can be the keys of the providers."""
         if not isinstance(keys, dict):
             raise ValueError(f"api_keys must be a dict, not {type(keys).__name__}")
-        self.rows(list(keys) or None, "api_keys")
         for name, text in keys.items():
+            if name not in self.all_rows:
+                self.rows([name], "api_keys")
             if text is not None and not isinstance(text, str):
                 raise ValueError(f"api_keys[{name!r}] must be text, not {type(text).__name__}")
 
@@ -3359,18 +3371,17 @@ class Roster:
         """Raise ValueError unless these can be the models of the providers."""
         if not isinstance(models, dict):
             raise ValueError(f"models must be a dict, not {quoted(models)}")
-        self.rows(list(models) or None, "models")
         for name, ids in models.items():
+            if name not in self.all_rows:
+                self.rows([name], "models")
             check_models(f"models[{name!r}]", ids)
 
     def models_of(self, row: Provider) -> List[str]:
-        """The models of a provider. Raises ValueError if they are no list of ids."""
-        self.check_models(self.models)
+        """The models of a provider."""
         return self.models.get(row.name, [])
 
     def accounts_of(self, row: Provider) -> List[Tuple[Account, str]]:
         """The accounts of a provider, each with its key. Raises ValueError."""
-        self.check_keys(self.api_keys)
         text = self.api_keys.get(row.name) or ""
         source = "api_keys"
         if self._found[row.name][0] == text:
@@ -3389,6 +3400,7 @@ class Roster:
     def accounts(self, names: Names = None) -> List[Account]:
         """The accounts of these providers, in the order in which they are asked."""
         accounts: List[Account] = []
+        self.check_keys(self.api_keys)
         for row in self.rows(names):
             accounts.extend(account for account, _ in self.accounts_of(row))
         return accounts
@@ -3416,14 +3428,6 @@ class Roster:
             flaw += f" → get a key: {row.key_url}"
         return f"{name} {flaw}" if flaw else ""
 
-    def usable_rows(self, names: Names = None) -> List[Provider]:
-        """The rows that have a key, or need none. Raises NoProviderError if there is none."""
-        rows = self.rows(names)
-        usable = [a.provider for a in self.accounts([row.name for row in rows]) if not a.problem]
-        if usable:
-            return [row for row in rows if row.name in usable]
-        raise NoProviderError(self._without_keys(rows))
-
     def _without_keys(self, rows: Sequence[Provider]) -> str:
         """The message that none of these rows can be asked, with what to do."""
         names = [row.name for row in rows]
@@ -3448,20 +3452,28 @@ class Roster:
         return "\n".join(lines)
 
     def candidates(self, names: Names = None, model: Optional[str] = None) -> List[Candidate]:
-        """Whom to ask, in this order. A model may be "provider:model". Raises as `rows` does."""
-        rows = self.usable_rows(names)
+        """Whom to ask, in this order. A model may be "provider:model".
+
+        Raises ValueError, and NoProviderError if none of these providers can be asked.
+        """
+        self.check_keys(self.api_keys)
+        self.check_models(self.models)
         if model is not None:
             names, model = self._model_of(names, model)
-            rows = self.usable_rows(names)
+        rows = self.rows(names)
+        if model is not None:
             listing = [row for row in rows if model in self.models_of(row)]
-            rows = listing or rows
+            rows = [row for row in listing if self.candidates_of(row, [model])] or rows
+
         candidates: List[Candidate] = []
         for row in rows:
             models = self.models_of(row) if model is None else [model]
             candidates.extend(self.candidates_of(row, models))
-        if not candidates:
+        if not candidates and any(not account.problem for account in self.accounts(names)):
             names_of_rows = ", ".join(row.name for row in rows)
             raise ValueError(f"models must name one: {names_of_rows} has none")
+        if not candidates:
+            raise NoProviderError(self._without_keys(rows))
         return candidates
 
     def candidates_of(self, row: Provider, models: Sequence[str]) -> List[Candidate]:
@@ -3536,7 +3548,7 @@ class Queue:
     ) -> None:
         self.deadline = deadline
         self._half_time = (clock() + deadline) / 2  # our own pacing holds nobody longer
-        self._line = [Turn(candidate) for candidate in candidates]
+        self._line = health.turns(candidates)
         self._health = health
         self._config = config
         self._clock = clock
@@ -3579,20 +3591,20 @@ class Queue:
 
         end = 1 + max(turn.place for turn in self._line)
         jitter = 0.8 + 0.2 * self._chance() if self._config.jitter else 1.0
-        reached = lane_keys(asked.candidate, failure.reach)[0]
+        reached = asked.lane_of(failure.reach)
         twins = twins_of(asked, self._line) if failure.rule.holds_for_all_keys else [asked]
         for turn in list(self._line):
             is_sibling = turn.candidate.row is asked.candidate.row
             if failure.cause is Cause.SILENCE and is_sibling:
                 turn.place = end
-            if turn in twins or reached in lane_keys(turn.candidate):
+            if turn in twins or reached in turn.lanes:
                 self._punish(turn, failure, jitter, now, end)
         if asked.place == end:
             asked.place = end + 1  # behind its siblings
 
     def add(self, candidates: Iterable[Candidate]) -> bool:
         """Put new candidates into the line; whether there are any."""
-        turns = [Turn(candidate) for candidate in candidates]
+        turns = self._health.turns(candidates)
         self._line[:0] = turns
         return bool(turns)
 
