@@ -1021,13 +1021,14 @@ RULES: Sequence[Tuple[Ruling, str]] = (
     (FAULT, ""),
 )
 
-MAX_TEXT = 4000  # characters of a server's message that are looked at
+MAX_MESSAGE = 20000  # characters of a server's message that are kept
+MAX_TEXT = 4000  # characters of it that are judged
 MAX_PARTS = 100  # objects of an error that are looked at
 MAX_HINT = 32 * 86400.0  # a longer "come back in" is junk
 RELAYED = "provider returned error"  # what a router says of its supplier's error (OpenRouter)
-NESTED_FIELDS = ("error", "errors", "metadata", "availability", "headers", "details")
-CODE_FIELDS = ("limit_source", "code", "error", "error_type", "type")
-MESSAGE_FIELDS = ("message", "error_message", "error", "detail")
+NESTED_FIELDS = "error errors metadata availability headers details base_resp".split()
+CODE_FIELDS = "limit_source code error_code error error_type type".split()
+MESSAGE_FIELDS = "message error_message error_msg msg status_msg error detail".split()
 
 
 class ErrorReport(NamedTuple):
@@ -1161,13 +1162,22 @@ def message_of(fields: Mapping[str, List[Any]]) -> str:
                 text = json.dumps(value)
             except (ValueError, RecursionError):
                 continue
-        text = one_line(page_summary(text))
+        text = one_line(page_summary(clipped(text)))
         if text and text not in texts:
             texts.append(text)
     return ": ".join(texts)
 
 
-INVISIBLE = re.compile("[\\s\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2060\ufeff]+")
+INVISIBLE = re.compile(
+    r"[\s\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]+"
+)
+
+
+def clipped(text: str) -> str:
+    """The beginning of a text that is very long, without half of a word: it may be a key."""
+    if len(text) <= MAX_MESSAGE:
+        return text
+    return re.sub(r"\S{1,1000}\Z", "", text[:MAX_MESSAGE])
 
 
 def one_line(text: str) -> str:
@@ -1545,8 +1555,8 @@ def check_extra_body(fields: object) -> None:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of the text can be seen: white space, zero-width characters."""
-    return not any(char.isprintable() and not char.isspace() for char in text)
+    """Whether nothing of the text can be seen: white space, controls, zero-width characters."""
+    return text == "" or INVISIBLE.fullmatch(text) is not None
 
 
 def conversation(
@@ -1649,7 +1659,7 @@ def events_in(lines: Iterable[str]) -> Iterator[Event]:  # noqa: C901 - seen who
             continue
 
         text = "\n".join(data).strip()
-        if text:
+        if text or kind == "error":
             yield Event(text, kind)
             plain = None
             size = 0
@@ -1657,6 +1667,12 @@ def events_in(lines: Iterable[str]) -> Iterator[Event]:  # noqa: C901 - seen who
         kind = ""
     if plain is not None:
         yield Event("\n".join(plain).strip(), is_plain=True)
+
+
+def leading_blanks(text: str) -> str:
+    """The invisible characters at the beginning of a text."""
+    blanks = INVISIBLE.match(text)
+    return blanks.group() if blanks else ""
 
 
 class ThinkingFilter:
@@ -1684,14 +1700,14 @@ class ThinkingFilter:
             return ""
 
         self._held += text
-        start = self._held.lstrip()
-        if not self.has_thought and start.startswith("<think>"):
+        start = self._held[len(leading_blanks(self._held)) :]
+        if start.startswith("<think>"):
             self._held = ""
             self._blanks.clear()
             self._is_thinking = True
             self.has_thought = True
             return self._feed_thought(start[len("<think>") :])
-        if not self.has_thought and "<think>".startswith(start):
+        if "<think>".startswith(start):
             return ""
         return self._begin_answer()
 
@@ -1756,7 +1772,9 @@ THOUGHT_FIELDS = (
     "thought",
     "thoughts",
 )
-ERROR_FIELDS = frozenset(["error", "error_message", "error_type", "detail"])
+ERROR_FIELDS = frozenset(
+    "error errors error_message error_msg error_type error_code detail".split()
+)
 MODERATION_WORDS = {"guard", "safeguard", "guardian", "wildguard", "shield", "shieldgemma"}
 MODERATION_WORDS |= {"moderation"}
 
@@ -1768,9 +1786,15 @@ def is_moderation_model(name: str) -> bool:
     return not MODERATION_WORDS.isdisjoint(words) or "content-safety" in name.lower()
 
 
+def end_word(finish_reason: str) -> str:
+    """A finish_reason in the spelling of the lists above: maxTokens and MAX-TOKENS are one."""
+    words = re.sub("(?<=[a-z])(?=[A-Z])", "_", finish_reason).lower().replace("-", "_")
+    return re.sub("^(finish|stop)_reason_", "", words)
+
+
 def is_cut(finish_reason: str) -> bool:
     """Whether this finish_reason says that the answer was too long."""
-    return finish_reason.lower() in CUT_ENDS.split()
+    return end_word(finish_reason) in CUT_ENDS.split()
 
 
 class Draft:
@@ -1790,6 +1814,7 @@ class Draft:
         self._thinking = ThinkingFilter()
         self._raw: List[str] = []  # the texts so far, with the thoughts in them
         self._has_text = False  # that can be seen
+        self._went_on = False  # there was more text after an end
         self._half = ""  # the first half of a character
         self._size = 0  # of the texts and thoughts, in characters
         self._has_reasoning = False
@@ -1853,7 +1878,7 @@ class Draft:
     def _failure(self) -> Optional[Failure]:
         """Why this is no whole answer; None: it is one."""
         is_empty = is_blank(self.text)
-        reason = self.finish_reason.lower()
+        reason = end_word(self.finish_reason)
         refusal = "".join(self._refusals)
         if reason in REFUSED_ENDS.split() or (refusal and is_empty):
             return Failure(Verdict.REFUSED, refusal or "a content filter stopped the answer")
@@ -1881,7 +1906,7 @@ class Draft:
         delta = as_object(choice.get("delta"))
         message = as_object(choice.get("message"))
         groq = as_object(said.get("x_groq"))
-        self._raise_error_inside(said, choice, groq)
+        self._raise_error_inside(said, choice, [delta, message, groq])
         self._check_model(said.get("model"))
 
         usage = said.get("usage") or groq.get("usage")
@@ -1899,8 +1924,7 @@ class Draft:
         if not is_blank(text):
             is_progress = True
             self._has_text = True
-            if self.phase is Phase.SETTLED:
-                self.phase = Phase.READING
+            self._go_on()
 
         finish_reason = choice.get("finish_reason")
         if finish_reason:
@@ -1908,6 +1932,19 @@ class Draft:
             self._finish(str(finish_reason)[:100], has_text=bool(text))
         shown = self._show(text)
         return shown if is_progress or shown else None
+
+    def _go_on(self) -> None:
+        """There is more text: what was said to be the end before was none."""
+        if self.finish_reason:
+            self.finish_reason = ""
+            self._went_on = True
+        if self.phase is Phase.SETTLED:
+            self.phase = Phase.READING
+
+    @property
+    def has_end(self) -> bool:
+        """Whether an end was said that can be believed if nothing more comes."""
+        return bool(self.finish_reason) and not self._went_on
 
     def _finish(self, finish_reason: str, has_text: bool) -> None:
         """Note how the answer ended.
@@ -1924,18 +1961,18 @@ class Draft:
         if not whole:
             return ""
         so_far = "".join(self._raw)
-        if so_far.startswith(whole):
-            return ""
         if self._half:  # a whole character may stand in its place now
             so_far = so_far[:-1]
             self._half = ""
-        if whole.startswith(so_far):
-            self._raw = [so_far]
-            return whole[len(so_far) :]
+        if whole.rstrip() == so_far.rstrip():
+            return ""
+        for known in (so_far, self.text):  # with the thoughts, or without them
+            if whole.startswith(known) and (known or not so_far):
+                self._raw = [known]
+                return whole[len(known) :]
         if self.is_live and self.texts:
             raise Failure(Verdict.FAULT, "the server changed what it had said before")
         self._raw.clear()
-        self._half = ""
         self.texts.clear()
         self._thinking = ThinkingFilter()
         return whole
@@ -1964,16 +2001,16 @@ class Draft:
                     self._size += len(thought) if isinstance(thought, str) else 0
             content = message.get("content")
             for part in content if isinstance(content, list) else []:
-                if is_thought(part) and not is_empty({**part, "type": ""}):
+                if not is_text(part) and not is_empty({**as_object(part), "type": ""}):
                     found = True
             if isinstance(message.get("refusal"), str):
                 self._refusals.append(message["refusal"])
         self._has_reasoning = self._has_reasoning or found
         return found
 
-    def _raise_error_inside(self, said: Json, choice: Json, groq: Json) -> None:
+    def _raise_error_inside(self, said: Json, choice: Json, parts: Sequence[Json]) -> None:
         """Raise ErrorInside if the event carries an error, wherever it is."""
-        for place in (said, choice, groq):
+        for place in (said, choice, *parts):
             if not ERROR_FIELDS.isdisjoint(place):
                 names = [name for name in ERROR_FIELDS if not is_empty(place.get(name))]
                 found = {name: place[name] for name in names}
@@ -1984,7 +2021,8 @@ class Draft:
             raise ErrorInside(
                 {"error": choice.get("native_finish_reason") or "finish_reason error"}
             )
-        if not said.get("choices") and read_error(said).message:
+        is_over = self.phase is Phase.SETTLED
+        if not said.get("choices") and not is_over and read_error(said).message:
             raise ErrorInside(said)  # Cerebras puts an error's fields at the top level (2026-10)
 
     def _check_model(self, model: object) -> None:
@@ -1999,7 +2037,7 @@ def our_choice(said: Json) -> Json:
     """The choice with the index 0, or without one; {} if there is none."""
     choices = said.get("choices")
     for choice in choices if isinstance(choices, list) else []:
-        if isinstance(choice, dict) and not choice.get("index"):
+        if isinstance(choice, dict) and choice.get("index") in (None, 0, "0"):
             return choice
     return {}
 
@@ -2020,9 +2058,9 @@ def is_empty(value: object) -> bool:
     return not value or (isinstance(value, str) and is_blank(value))
 
 
-def is_thought(part: object) -> bool:
-    """Whether a part of a message's content is reasoning rather than text."""
-    return dig(part, "type") in ("thinking", "reasoning", "thought", "redacted_thinking")
+def is_text(part: object) -> bool:
+    """Whether a part of a message's content is text, and not reasoning."""
+    return dig(part, "type") in (None, "text", "output_text") and not dig(part, "thought")
 
 
 def text_of(content: object) -> str:
@@ -2031,7 +2069,7 @@ def text_of(content: object) -> str:
         return content
     if not isinstance(content, list):
         return ""
-    texts = [dig(part, "text") for part in content if not is_thought(part)]
+    texts = [dig(part, "text") for part in content if is_text(part)]
     return "".join(text for text in texts if isinstance(text, str))
 
 
@@ -2243,7 +2281,7 @@ def addresses_of(host: str, port: int, seconds: float) -> List[Any]:
 
     The name is looked up in a thread, as nothing else can end a look-up.
     """
-    found: queue.Queue[Any] = queue.Queue()
+    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def look_up() -> None:
         try:
@@ -2264,6 +2302,35 @@ def addresses_of(host: str, port: int, seconds: float) -> List[Any]:
     if isinstance(result, OSError):
         raise result
     return cast(List[Any], result)
+
+
+class FreeConnections:
+    """A pool's free connections, the last one first, without a lock.
+
+    That of queue.LifoQueue could stay locked for ever when Ctrl-C or a signal handler comes in
+    between.
+    """
+
+    def __init__(self, maxsize: int) -> None:
+        self._maxsize = maxsize
+        self._items: Deque[Any] = collections.deque()
+
+    def put(self, item: Any, block: bool = True, timeout: Optional[float] = None) -> None:
+        """Add a connection, or None for one that is still to be made. Raises queue.Full."""
+        if len(self._items) >= self._maxsize:
+            raise queue.Full
+        self._items.append(item)
+
+    def get(self, block: bool = True, timeout: Optional[float] = None) -> Any:
+        """Take one out. Raises queue.Empty."""
+        try:
+            return self._items.pop()
+        except IndexError:
+            raise queue.Empty from None
+
+    def qsize(self) -> int:
+        """How many there are."""
+        return len(self._items)
 
 
 def bounded_session() -> requests.Session:  # noqa: C901 - small classes, of packages imported late
@@ -2315,9 +2382,11 @@ def bounded_session() -> requests.Session:  # noqa: C901 - small classes, of pac
     # These two names show in error messages.
     class HTTPConnectionPool(connectionpool.HTTPConnectionPool):
         ConnectionCls = Connection
+        QueueCls = FreeConnections
 
     class HTTPSConnectionPool(connectionpool.HTTPSConnectionPool):
         ConnectionCls = SecureConnection
+        QueueCls = FreeConnections
 
     pools = {"http": HTTPConnectionPool, "https": HTTPSConnectionPool}
     tls = create_urllib3_context()
@@ -2374,6 +2443,8 @@ class Reply:
                 size += len(piece)
                 if size > most:
                     raise Failure(Verdict.FAULT, f"the reply is longer than {most} bytes")
+                if self._limit.left() <= 0:
+                    raise socket.timeout("timed out")
                 yield piece
         except (OSError, EOFError, ValueError, HTTPException, HTTPError, zlib.error):
             raise self._limit.failure("the answer was cut: its end did not come") from None
@@ -2387,8 +2458,10 @@ class Reply:
                 yield event
                 if draft.phase is Phase.ENDED:
                     break
-        except Failure:
-            if draft.phase is not Phase.SETTLED:  # only usage was still to come
+        except Failure as failure:
+            is_over = draft.phase is Phase.SETTLED  # only usage was still to come
+            is_quiet = failure.cause is not Cause.REPLY
+            if not is_over and not (is_quiet and draft.has_end):
                 raise
         self._limit.progress(END_GRACE)
         self._read_rest()
@@ -2523,7 +2596,7 @@ class Transport:
 
     def safe(self, text: str, key: str) -> str:
         """A server's text, safe to show: in one line, without keys and account ids."""
-        used_lately = {name[2] for name in self._templates}
+        used_lately = {name[2] for name in list(self._templates)}
         return safe_line(text, {key, *used_lately, *self._keys(), *self._passwords})
 
     @contextlib.contextmanager
@@ -2999,7 +3072,8 @@ class Health:
         self, line: Sequence[Turn], pick: Callable[[float], Optional[Turn]]
     ) -> Optional[Turn]:
         """Whom `pick` chooses after a look at all turns; it has a slot if it need not wait."""
-        with self._locked() as now:  # two threads that look at once would take the same slot
+        with self._lock:
+            now = self._catch_up()  # two threads that look at once would take the same slot
             for turn in line:
                 self._look(turn, now)
             chosen = pick(now)
@@ -3043,7 +3117,8 @@ class Health:
 
     def granted(self, turn: Turn) -> None:
         """A request was not refused: its answer begins, or it failed for another reason."""
-        with self._locked() as now:
+        with self._lock:
+            now = self._catch_up()
             turn.is_granted = True
             for lane in turn.paced_lanes:
                 lane.granted(turn.begun, now)
@@ -3054,12 +3129,14 @@ class Health:
 
     def answered(self, turn: Turn) -> None:
         """A request was answered."""
-        with self._locked():
+        with self._lock:
+            self._catch_up()
             self._forgive(turn)
 
     def failed(self, turn: Turn, failure: Failure, config: RetryConfig) -> None:
         """A request failed; notes whether that costs an attempt."""
-        with self._locked() as now:
+        with self._lock:
+            now = self._catch_up()
             lane = turn.lane_of(failure.reach)
             if failure.cause is Cause.TIME_SHARE:
                 lane.silences += 1
@@ -3097,7 +3174,8 @@ class Health:
     def turns(self, candidates: Iterable[Candidate]) -> List[Turn]:
         """The turns of a new question, each with the lanes that it is in."""
         turns = []
-        with self._locked():
+        with self._lock:
+            self._catch_up()
             for candidate in candidates:
                 name, key = candidate.row.name, candidate.key
                 lanes = [self._lane(name, key, candidate.model), self._lane(name, key, "")]
@@ -3111,7 +3189,8 @@ class Health:
 
     def of_account(self, name: str, key: str, has_key: bool) -> ProviderHealth:
         """What is known of a provider's account, by its latest failure since its last success."""
-        with self._locked() as now:
+        with self._lock:
+            now = self._catch_up()
             known = self._lanes.get((name, key, ""), Lane())
             host = self._lanes.get((name, "", ""), Lane())
             lanes = [lane for lane in self._lanes_of(name, key) if lane.failures]
@@ -3140,7 +3219,8 @@ class Health:
 
         While one question fetches it the others wait; None: it was fetched a short time ago.
         """
-        with self._locked() as now:
+        with self._lock:
+            now = self._catch_up()
             lane = self._lane(name, "", "")
             if now < lane.searching_until:
                 return HOLD
@@ -3151,14 +3231,16 @@ class Health:
 
     def searched(self, name: str, is_known: bool) -> None:
         """A provider's models list is known, or it could not be had."""
-        with self._locked() as now:
+        with self._lock:
+            now = self._catch_up()
             lane = self._lane(name, "", "")
             lane.searching_until = now
             lane.search_again_at = now + (LIST_PAUSE if is_known else MAX_GUESS)
 
     def begin(self) -> None:
         """A question begins."""
-        with self._locked():
+        with self._lock:
+            self._catch_up()
             self._open += 1
 
     def end(self, trail: Sequence[Attempt], is_answered: bool) -> None:
@@ -3167,26 +3249,26 @@ class Health:
 
     def counts(self) -> Dict[str, int]:
         """The statistics, by name."""
-        with self._locked():
+        with self._lock:
+            self._catch_up()
             return dict(self._counts)
 
     def reset_counts(self) -> None:
         """Set all statistics to zero."""
-        with self._locked():
+        with self._lock:
+            self._catch_up()
             self._counts = dict.fromkeys(STATISTICS, 0)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[float]:
-        """Hold the lock, and catch up with the news; gives the time."""
-        with self._lock:
-            if not self._is_catching_up:  # a signal handler may have come in between
-                self._is_catching_up = True
-                try:
-                    while self._news:
-                        self._news.popleft()()
-                finally:
-                    self._is_catching_up = False
-            yield self._clock()
+    def _catch_up(self) -> float:
+        """Hear the news; the time. Whoever calls this has the lock."""
+        if not self._is_catching_up:  # a signal handler may have come in between
+            self._is_catching_up = True
+            try:
+                while self._news:
+                    self._news.popleft()()
+            finally:
+                self._is_catching_up = False
+        return self._clock()
 
     def _lane(self, name: str, key: str, model: str) -> Lane:
         """The lane of a model, or of all models, keys or both, which "" stands for."""
@@ -3361,7 +3443,7 @@ class Roster:
         """Raise ValueError unless these can be the keys of the providers."""
         if not isinstance(keys, dict):
             raise ValueError(f"api_keys must be a dict, not {type(keys).__name__}")
-        for name, text in keys.items():
+        for name, text in list(keys.items()):
             if name not in self.all_rows:
                 self.rows([name], "api_keys")
             if text is not None and not isinstance(text, str):
@@ -3371,7 +3453,7 @@ class Roster:
         """Raise ValueError unless these can be the models of the providers."""
         if not isinstance(models, dict):
             raise ValueError(f"models must be a dict, not {quoted(models)}")
-        for name, ids in models.items():
+        for name, ids in list(models.items()):
             if name not in self.all_rows:
                 self.rows([name], "models")
             check_models(f"models[{name!r}]", ids)
@@ -3497,7 +3579,9 @@ class Roster:
                 raise ValueError(f"model {quoted(model, 60)} is not of the chosen provider")
             names = prefix
             model = rest.strip()
-        elif colon and names is None and not any(model in ids for ids in self.models.values()):
+        elif (
+            colon and names is None and not any(model in ids for ids in list(self.models.values()))
+        ):
             near = nearest(prefix, list(self.all_rows))
             if near:
                 raise ValueError(f"model {quoted(model, 60)}: did you mean {near}:{rest}?")
@@ -3511,7 +3595,7 @@ class Roster:
         provider, slash, rest = candidate.model.partition("/")
         if slash and rest in self.models.get(provider, ()):
             return f"{provider}:{rest}"
-        listed = self.models[candidate.row.name]
+        listed = self.models_of(candidate.row)
         if candidate.model in listed:
             return ""
         return nearest(candidate.model, listed)
@@ -3872,8 +3956,8 @@ class Workers:
         self._function = function
         self._most = most
         self._threads: List[threading.Thread] = []
-        self._todo: queue.Queue[Any] = queue.Queue()
-        self._done: queue.Queue[Any] = queue.Queue()
+        self._todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def submit(self, number: int, item: object) -> None:
         """Have the function called for the item."""
@@ -4226,7 +4310,7 @@ class Walk:
         """
         health = self._parts.health
         models = self._parts.roster.models
-        while gone.issuperset(models[row.name]) and not self._cancelled.is_set():
+        while gone.issuperset(models.get(row.name, ())) and not self._cancelled.is_set():
             wait = health.search(row.name)
             now = self._parts.clock()
             if wait is None or now + wait >= self._deadline:
