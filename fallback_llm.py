@@ -489,6 +489,7 @@ def env_files() -> List[str]:
     folders = []
     with contextlib.suppress(OSError):  # the current folder may have been deleted
         folders.append(os.getcwd())
+    with contextlib.suppress(OSError):
         folders.append(os.path.dirname(os.path.abspath(this_file)))
     home = os.path.expanduser("~")
     configuration = os.environ.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
@@ -558,10 +559,10 @@ def rows_from_environment(settings: Settings) -> List[Provider]:
             continue
         prefix = variable[: -len("_BASE_URL")]
         models = split_list(settings.find(prefix + "_MODELS")[0])
-        if not models or not re.fullmatch(r"[a-z0-9_]+", name):
+        if not models or not re.fullmatch("[A-Z][A-Z0-9_]*", prefix):
             continue
         has_key = bool(settings.find(prefix + "_API_KEY")[0])
-        key_env = prefix.upper() + "_API_KEY" if has_key else None
+        key_env = prefix + "_API_KEY" if has_key else None
         rows.append(Provider(name, url, key_env, tuple(models)))
     return rows
 
@@ -1026,9 +1027,9 @@ MAX_TEXT = 4000  # characters of it that are judged
 MAX_PARTS = 100  # objects of an error that are looked at
 MAX_HINT = 32 * 86400.0  # a longer "come back in" is junk
 RELAYED = "provider returned error"  # what a router says of its supplier's error (OpenRouter)
-NESTED_FIELDS = "error errors metadata availability headers details base_resp".split()
-CODE_FIELDS = "limit_source code error_code error error_type type".split()
-MESSAGE_FIELDS = "message error_message error_msg msg status_msg error detail".split()
+NESTED_FIELDS = ("error", "errors", "metadata", "availability", "headers", "details", "base_resp")
+CODE_FIELDS = ("limit_source", "code", "error_code", "error", "error_type", "type")
+MESSAGE_FIELDS = ("message", "error_message", "error_msg", "msg", "status_msg", "error", "detail")
 
 
 class ErrorReport(NamedTuple):
@@ -1773,7 +1774,7 @@ THOUGHT_FIELDS = (
     "thoughts",
 )
 ERROR_FIELDS = frozenset(
-    "error errors error_message error_msg error_type error_code detail".split()
+    ["error", "errors", "error_message", "error_msg", "error_type", "error_code", "detail"]
 )
 MODERATION_WORDS = {"guard", "safeguard", "guardian", "wildguard", "shield", "shieldgemma"}
 MODERATION_WORDS |= {"moderation"}
@@ -1863,6 +1864,7 @@ class Draft:
 
     def end(self) -> str:
         """The text that was held back until now. Raises Failure if this is no whole answer."""
+        was_shown = bool(self.texts)
         shown = self._show("", is_last=True)
         if not self.is_live:
             # A thought whose beginning is missing: what stood before its end is not the answer.
@@ -1871,9 +1873,11 @@ class Draft:
                 self._has_reasoning = True
                 self.texts = [after.lstrip()]
         failure = self._failure()
-        if failure is not None:
-            raise failure
-        return shown
+        if failure is None:
+            return shown
+        if not was_shown:
+            self.texts.clear()  # nothing was given out
+        raise failure
 
     def _failure(self) -> Optional[Failure]:
         """Why this is no whole answer; None: it is one."""
@@ -2143,6 +2147,7 @@ class TimeLimit:
 
     def extend(self, deadline: float) -> None:
         """Move the deadline: what is being shown cannot be taken back."""
+        self._allowed += deadline - self._deadline
         self._deadline = deadline
         self._is_share = False
 
@@ -2382,11 +2387,11 @@ def bounded_session() -> requests.Session:  # noqa: C901 - small classes, of pac
     # These two names show in error messages.
     class HTTPConnectionPool(connectionpool.HTTPConnectionPool):
         ConnectionCls = Connection
-        QueueCls = FreeConnections
+        QueueCls = FreeConnections  # type: ignore[assignment,unused-ignore]
 
     class HTTPSConnectionPool(connectionpool.HTTPSConnectionPool):
         ConnectionCls = SecureConnection
-        QueueCls = FreeConnections
+        QueueCls = FreeConnections  # type: ignore[assignment,unused-ignore]
 
     pools = {"http": HTTPConnectionPool, "https": HTTPSConnectionPool}
     tls = create_urllib3_context()
@@ -2473,8 +2478,8 @@ class Reply:
         with contextlib.suppress(Failure):  # the status says enough
             for piece in self.pieces(MAX_ERROR_BODY):
                 data += piece
-        lines = data.decode("utf-8-sig", "replace").split("\n")
-        return parsed(next(events_in(lines)).data)
+        text = data.decode("utf-8", "replace").encode()
+        return parsed(next(events_in(lines_in([text]))).data)
 
     def close(self) -> None:
         """Give the connection back if the reply was whole and ordinary, else close it.
@@ -2671,7 +2676,8 @@ class Transport:
         import requests
 
         name = (method, url, key)
-        if name not in self._templates:
+        known = self._templates.get(name)
+        if known is None:
             headers = {
                 # The default agents of libraries are turned away with a 403 (2026-09).
                 "User-Agent": f"fallback_llm/{__version__}",
@@ -2689,7 +2695,7 @@ class Transport:
                 self._templates.clear()  # keys that change all the time must not pile up
             self._templates[name] = (request, settings)
             return request, settings
-        return self._templates[name]
+        return known
 
     def _proxies(self, url: str, proxies: Mapping[str, str]) -> Dict[str, str]:
         """The proxies to use. Raises Failure if the one for this URL has no valid address.
@@ -3374,10 +3380,10 @@ class Roster:
         if providers is None:
             self._add_rows_of_environment(settings)
 
-        self.check_keys(self.given_keys)
         for name, given in self.given_keys.items():
-            row = self.rows([name])[0]
+            (row,) = self.rows([name], "api_keys")
             self.api_keys[row.name] = given
+            self.check_keys(self.api_keys)
             if given and is_clear_text(row.base_url):
                 name = row.variable("BASE_URL")
                 raise ValueError(f"{name} must be https://... for a provider with a key")
@@ -3414,6 +3420,8 @@ class Roster:
         if name in ("timeout", "idle_timeout") and value is not None:
             check_number(name, value)
         if name == "fallback_order":
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"fallback_order must be a list, not {quoted(value)}")
             self.rows(value, name)
         if name == "api_keys":
             self.check_keys(value)
@@ -3432,20 +3440,24 @@ class Roster:
         if not isinstance(wanted, Iterable):
             wanted = [wanted]
         found = [name.strip().lower() if isinstance(name, str) else name for name in wanted]
-        unknown = [name for name in found if name not in self.all_rows]
-        if unknown or not found:
-            known = ", ".join(self.all_rows)
-            wrong = quoted(unknown[0]) if unknown else "an empty list"
-            raise ValueError(f"{what} must be one or more of {known}, not {wrong}")
+        for name in found:
+            self._check_name(name, what)
+        if not found:
+            self._check_name("", what)
         return [self.all_rows[name] for name in dict.fromkeys(found)]
+
+    def _check_name(self, name: object, what: str) -> None:
+        """Raise ValueError unless this is the name of a provider."""
+        if not isinstance(name, str) or name not in self.all_rows:
+            known = ", ".join(self.all_rows)
+            raise ValueError(f"{what} must be one or more of {known}, not {quoted(name)}")
 
     def check_keys(self, keys: object) -> None:
         """Raise ValueError unless these can be the keys of the providers."""
         if not isinstance(keys, dict):
             raise ValueError(f"api_keys must be a dict, not {type(keys).__name__}")
         for name, text in list(keys.items()):
-            if name not in self.all_rows:
-                self.rows([name], "api_keys")
+            self._check_name(name, "api_keys")
             if text is not None and not isinstance(text, str):
                 raise ValueError(f"api_keys[{name!r}] must be text, not {type(text).__name__}")
 
@@ -3454,8 +3466,7 @@ class Roster:
         if not isinstance(models, dict):
             raise ValueError(f"models must be a dict, not {quoted(models)}")
         for name, ids in list(models.items()):
-            if name not in self.all_rows:
-                self.rows([name], "models")
+            self._check_name(name, "models")
             check_models(f"models[{name!r}]", ids)
 
     def models_of(self, row: Provider) -> List[str]:
@@ -3502,7 +3513,7 @@ class Roster:
             return ""
         name = row.key_env or f"the key of {row.name}"
         if key and is_clear_text(row.base_url):
-            return f"{name} would go to {row.base_url} in clear text"
+            return f"{name} would go to {host_of(row.base_url)} in clear text (http://)"
         flaw = flaw_of(key)
         if not key and self._found[row.name][0]:
             flaw = "holds a placeholder"
@@ -4084,6 +4095,11 @@ class Parts:
         self.transport.renew()
         self.health.renew()
 
+    def deadline_of_check(self, timeout: Optional[float]) -> float:
+        """The end of a check that may take so long. Raises ValueError."""
+        seconds = CHECK_TIMEOUT if timeout is None else check_number("timeout", timeout)
+        return self.clock() + seconds
+
     def served(self, row: Provider, key: str, deadline: float) -> List[Json]:
         """The entries of a provider's own models list. Raises Failure if it cannot be had."""
         entries = self.transport.get(row, "/models", key, deadline).get("data")
@@ -4239,14 +4255,15 @@ class Walk:
                 health.closed(turn)
             raise
 
-        if not turn.is_granted and draft.status not in (None, 429):
+        is_limit = failure is not None and failure.verdict is Verdict.RATE_LIMITED
+        if not turn.is_granted and draft.status is not None and not is_limit:
             health.granted(turn)  # no quota has refused it
         self._learn(turn, failure)
         return failure
 
     def _learn(self, turn: Turn, failure: Optional[Failure]) -> None:
         """Remember for later questions how an attempt ended."""
-        if failure is None:
+        if failure is None or failure.verdict is Verdict.REJECTED:
             self._parts.health.answered(turn)
             return
         self._parts.health.failed(turn, failure, self._config)
@@ -4539,7 +4556,7 @@ class FallbackLLM:
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         self.fallback_order = list(state["fallback_order"])
-        self.models.update(state["models"])
+        self.models = {name: list(ids) for name, ids in state["models"].items()}
 
     def close(self) -> None:
         """Close the connections that are kept alive."""
@@ -4691,7 +4708,7 @@ class FallbackLLM:
 
         Yields each report as it is known. timeout: seconds for all of them together.
         """
-        deadline = self._parts.clock() + (CHECK_TIMEOUT if timeout is None else timeout)
+        deadline = self._parts.deadline_of_check(timeout)
         todo = []
         for row in self._roster.rows(provider):
             for account, key in self._roster.accounts_of(row):
@@ -4709,7 +4726,7 @@ class FallbackLLM:
         self, provider: Names = None, timeout: Optional[float] = None
     ) -> List[ModelList]:
         """The models that these providers serve: those that are asked first, in their order."""
-        deadline = self._parts.clock() + (CHECK_TIMEOUT if timeout is None else timeout)
+        deadline = self._parts.deadline_of_check(timeout)
         return [self._parts.model_list(row, deadline) for row in self._roster.rows(provider)]
 
     def get_stats(self) -> Dict[str, int]:
