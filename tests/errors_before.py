@@ -22,7 +22,7 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Seq
 
 DATA = Path(__file__).with_name("judged_before.txt")
 NOW = 1_800_000_000.0
-STATUSES = [200, 302, 400, 401, 402, 403, 404, 405, 408, 409, 410, 413, 422, 424]
+STATUSES = [200, 302, 400, 401, 402, 403, 404, 405, 407, 408, 409, 410, 413, 422, 424]
 STATUSES += [429, 451, 498, 500, 502, 503, 529]
 TELLING_STATUSES = [200, 400, 403, 404, 429, 503]
 LETTERS = {

@@ -27,7 +27,7 @@ class Change(NamedTuple):
 
 CHANGES = {
     "a 402 is about the model: free ones of the same key may answer": Change(
-        r"\| 402( |$)", "Dd Fd gd ud ld fd"
+        r"\| 402( |$)", "Dd Fd gd"
     ),
     "a supplier's 404 is trouble that passes, whatever it says": Change(
         r"\| 404 relayed ", "gf uf"
@@ -45,8 +45,17 @@ CHANGES = {
         r"(exceeded|exhausted|openrouter_\w+) \| 400 relayed |free-models-per-.*\| 403 relayed ",
         "fl fL",
     ),
+    "a supplier's status outranks what it says of the form of a question": Change(
+        r"code (unsupported|wrong)_.* \| (429|500) relayed ", "ul uf"
+    ),
+    "what a supplier says of its account is its own trouble, whatever model it names": Change(
+        r"account .* model .*\| 403 relayed ", "gf"
+    ),
     "a status of what broke outranks words about the account": Change(
         r"^says .*\| (408|409|424|498)$", "Df"
+    ),
+    "a 407 is the word of a proxy, through which nobody of the provider is reached": Change(
+        r"\| 407$", "uU"
     ),
     "a 405 comes from a wrong address, whatever its code": Change(r"\| 405$", "fu"),
     "a sentence is no code, wherever it stands": Change(r" text of a field$", "rg rl"),
