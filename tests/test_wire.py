@@ -649,6 +649,7 @@ def test_a_thought_whose_beginning_is_missing() -> None:
     assert read([stream(says("I wonder"), says(".</think>\n"), says("Hello"))])[0] == "Hello"
     assert read([stream(says("I wonder.</think>\n"))]).reason == THOUGHT
     assert read([stream(says("I wonder.</think>Hello"))], live=True)[0] == "I wonder.</think>Hello"
+    assert read([stream(says("<think>hm</think>Say </think>."))])[0] == "Say </think>."
     tag = "To end a thought, <think> needs </think>."
     assert read([stream(says(tag))])[0] == tag
 
@@ -1126,8 +1127,9 @@ def chatter(text: str, times: int) -> Iterator[bytes]:
 
 @pytest.mark.usefixtures("bounded")
 def test_thinking_without_end() -> None:
-    """20,000 events of thoughts: none of them is kept, and the answer after them is found."""
-    thoughts = chatter("I wonder whether </thin" + " or not" * 40, 20000)
+    """Megabytes of thoughts: none of them is kept, and the answer after them is found."""
+    thought = "I wonder whether </thin" + " or not" * 40
+    thoughts = chatter(thought, MAX_EVENT * 3 // 4 // len(thought))
     end = event(says("</think>Hello")) + event(END)
     draft = Draft("m", False)
     for found in events_in(lines_in([event(says("<think>")), *thoughts, end])):
