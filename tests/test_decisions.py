@@ -711,7 +711,8 @@ class Line:
     def rest(self, name: str, seconds: float) -> None:
         """Another question is told to wait for a candidate; it is not asked last for that."""
         limit = Failure(Verdict.RATE_LIMITED, "", hint=seconds)
-        self._health.failed(Turn(candidate(name)), limit, RetryConfig(base_delay=0))
+        (turn,) = self._health.turns([candidate(name)])
+        self._health.failed(turn, limit, RetryConfig(base_delay=0))
 
     def fail(self, failure: Failure) -> str:
         """Whoever is next fails, after its wait. Returns its name."""

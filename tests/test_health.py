@@ -60,7 +60,7 @@ class Memory:
 
     def take(self, name: str) -> Turn:
         """A model is asked now, even if it should be waited for."""
-        turn = Turn(candidate(name))
+        (turn,) = self.health.turns([candidate(name)])
 
         def pick(_: float) -> Turn:
             turn.wait = 0.0
@@ -567,7 +567,7 @@ def test_a_signal_handler_may_look_at_any_moment() -> None:
         assert memory.health.counts()["total_requests"] == 0
         assert memory.health.of_account("a", "", True).status is FAILED
 
-    assert memory.health.choose([Turn(candidate("a1"))], pick) is None
+    assert memory.health.choose(memory.health.turns([candidate("a1")]), pick) is None
 
 
 class CollectingClock(FakeClock):
