@@ -417,6 +417,10 @@ CASES = {
     "a time does not pay a bill": (402, nested("x", "Add credits. Try again in 5s"), UNPAID),
     "a bill without a card": (402, flat("payment_required", "Add a card."), DENIED),
     "a key of which all is spent": (402, meta(limit_source="openrouter_key_limit"), DENIED),
+    "no credit for this model": (402, meta(limit_source="openrouter_credits"), UNPAID),
+    "a key that is not valid, sent as 400": (400, nested(400, "API key not valid."), DENIED),
+    "an invalid key, sent as 400": (400, nested(None, "Invalid API key: x"), DENIED),
+    "an incorrect key, sent as 404": (404, nested(None, "Incorrect API key"), DENIED),
     "too dear a question": (402, nested(402, "Prompt tokens limit exceeded: 9 > 5"), UNPAID),
     "supplier: its 404": (404, routed(""), FAULT),
     "supplier: its 404, with its words": (404, routed("The model m does not exist"), FAULT),
@@ -433,6 +437,8 @@ CASES = {
     "no such path, by its code": (404, nested("unknown_url", "m"), NO_SUCH_PATH),
     "no such path, in words": (404, nested(None, "Unknown request URL: POST /x"), NO_SUCH_PATH),
     "no such path, in others": (404, nested(None, "Invalid URL (POST /v1/v1/x)"), NO_SUCH_PATH),
+    "no such path, as Express says it": (404, nested(None, "Cannot POST /x"), NO_SUCH_PATH),
+    "no such path, as others say it": (404, {"detail": "Route not found"}, NO_SUCH_PATH),
     "the door of a proxy": (407, "", (Verdict.UNSUITABLE, Reach.PROVIDER)),
     "every error of a list": (
         500, {"errors": [{"message": "No."}, {"code": "model_not_found"}]}, GONE
@@ -469,6 +475,9 @@ ADVICES = {
     "a proxy": (407, "", "check the user and password in HTTPS_PROXY"),
     "too dear": (
         402, nested(402, "Fewer max_tokens"), "max_tokens"
+    ),
+    "too dear, by its source": (
+        402, nested(402, "9 tokens", metadata={"limit_source": "openrouter_credits"}), "max_tokens"
     ),
     "unpaid": (402, "", ""),
     "a limit": (429, "", ""),
