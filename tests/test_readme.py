@@ -46,6 +46,7 @@ def scripts() -> dict[str, str]:
         if body is None:
             title = match.group("title")
         elif "import" in body:
+            assert title not in found, f"two examples with the title {title}"
             found[title] = body
         else:
             found[list(found)[-1]] += body
@@ -338,13 +339,13 @@ def test_python_prints_what_stands_behind_it(reader: Program, script: str) -> No
     expected = "".join(re.findall(r"^# > (.*\n)", script, re.MULTILINE))
     expected += LOCAL_ANSWER if "ollama" in script else ""
     (reader.folder / "example.py").write_text(script, encoding="utf-8")
-    assert shell(reader, "python -W error example.py") == (0, expected, "")
+    assert shell(reader, "PYTHONPATH=tests python -W error example.py") == (0, expected, "")
 
 
 def skip_unless_it_can_run(script: str) -> None:
     """Not all packages can be installed on the oldest Pythons."""
     for name in re.findall(r"^(?:import|from) (\w+)", script, re.MULTILINE):
-        if name != "fallback_llm" and importlib.util.find_spec(name) is None:
+        if name not in ("emulator", "fallback_llm") and importlib.util.find_spec(name) is None:
             pytest.skip(f"no {name} for this Python")
     if "to_thread" in script and sys.version_info < (3, 9):
         pytest.skip("no asyncio.to_thread in this Python")
