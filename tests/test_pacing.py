@@ -33,7 +33,7 @@ from fakes import (
     simple,
 )
 
-from fallback_llm import FallbackLLMError, Lane
+from fallback_llm import AllProvidersFailed, FallbackLLMError, Lane
 
 pytestmark = pytest.mark.usefixtures("bare")
 
@@ -99,7 +99,7 @@ class Line(NamedTuple):
 
 def free_tier(told: bool = True, slower: float = 1.0, tokens: float = 0.0, **more: Any) -> Models:
     """Requests per minute: 30 of each model of two providers, 20 of an account; 170 in all."""
-    quota = partial(Quota, told=told, **more)
+    quota: Callable[[float], Quota] = partial(Quota, told=told, **more)
     uneven = random.Random(1)  # noqa: S311 - no secret
     model = partial(Metered, whole=True, uneven=uneven)
     account = [quota(20)]
@@ -335,7 +335,7 @@ def test_our_own_hold_makes_no_question_fail(settings: Any, told: bool) -> None:
     crowd = Crowd(32, {"a": [Metered(quota)]}, providers=ALONE, **settings)
     crowd.ask(100)
     for error in crowd.errors:  # they did ask, or knew from the server that it would be in vain
-        assert error.attempts or (told and getattr(error, "retry_after", 0))
+        assert error.attempts or (isinstance(error, AllProvidersFailed) and error.retry_after)
     crowd.errors.clear()
     crowd.clock.now = max(crowd.clock.now, 61.0)
     crowd.ask(100)
@@ -411,7 +411,7 @@ def test_a_crowd_that_is_answered_loses_nothing_with_a_single_attempt(told: bool
 
 
 def is_unlucky(asked: Asked) -> bool:
-    return asked.body["messages"][-1]["content"] == "Where is 7?"
+    return "Where is 7?" in str(asked.body["messages"])
 
 
 def test_at_most_fifteen_refusals_cost_no_attempt() -> None:
@@ -445,7 +445,6 @@ def test_a_refusal_costs_an_attempt_where_only_another_model_answers() -> None:
     assert crowd.asked.count("b") == 20 * 5
 
 
-@pytest.mark.xfail(reason="its other models lose an attempt: only the asked one is free")
 def test_a_refusal_of_the_account_costs_its_other_models_nothing() -> None:
     """Some answers of the first model fail: the second one has an attempt left."""
     account = Metered(account=[Quota(20)])
