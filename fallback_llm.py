@@ -1879,7 +1879,8 @@ class Draft:
         """An event that is no JSON object may have held a word of the answer."""
         is_empty_body = event.is_plain and not event.data
         if self.phase is not Phase.SETTLED and not is_empty_body:
-            raise ErrorInside({"error": f"no answer in the reply: {read_error(said).message}"})
+            words = read_error(said).message
+            raise Failure(Verdict.FAULT, f"no answer in the reply: {words}")
 
     def end(self) -> str:
         """The text that was held back until now. Raises Failure if this is no whole answer."""
