@@ -1889,7 +1889,7 @@ class Draft:
         if not self.is_live:
             # A thought whose beginning is missing: what stood before its end is not the answer.
             before, tag, after = self.text.partition("</think>")
-            if tag and "<think>" not in before:
+            if tag and "<think>" not in before and not self._thinking.has_thought:
                 self._has_reasoning = True
                 self.texts = [after.lstrip()]
         failure = self._failure()
@@ -2029,6 +2029,7 @@ class Draft:
                     found = True
             if isinstance(message.get("refusal"), str):
                 self._refusals.append(message["refusal"])
+                self._size += len(message["refusal"])
         self._has_reasoning = self._has_reasoning or found
         return found
 
@@ -2200,7 +2201,7 @@ def safe_line(text: str, secrets: Iterable[str]) -> str:
 
     A secret is found before anything is cut: nothing would recognize half of one.
     """
-    line = one_line(text)
+    line = one_line(clipped(text))
     line = "".join(char if char.isprintable() else " " for char in line)
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= 4:
