@@ -4797,7 +4797,7 @@ class Batch:
         if self._ended.is_set():
             return
         QUESTION_ID.set(str(line.id))
-        result: Union[Answer, FallbackLLMError, ValueError]
+        result: Union[Answer, Exception]
         try:
             result = self.llm.complete(**{**self.arguments, **line.arguments})
         except (FallbackLLMError, ValueError) as error:
@@ -4833,9 +4833,8 @@ class Batch:
         left = duration_words((self._total - done) / done * passed)
         speed = f"{done / passed:.1f}/s"
         parts = [f"{done}/{self._total} done, {failed} failed, {speed}, {left} left"]
-        if self._counts:
-            counts = sorted(self._counts.items())
-            parts.append(", ".join(f"{name} {count}" for name, count in counts))
+        for name, count in sorted(self._counts.items()):
+            parts.append(f"{name} {count}")
         for name, health in self.llm.provider_health.items():
             if health.status is ProviderStatus.RATE_LIMITED:
                 seconds = max(0.0, health.rate_limit_reset_time - time.time())
@@ -5041,10 +5040,9 @@ def read_line(number: int, text: str) -> Line:
     if len(heading) == 1:
         names = ", ".join(repr(name) for name in arguments) or "no other field"
         raise ValueError(f'a "question" or "messages" is missing (there is {names})')
-    if columns is said:
-        others = [name for name in arguments if not is_argument(name, arguments)]
-        if others:
-            heading["fields"] = {name: arguments.pop(name) for name in others}
+    others = [name for name in arguments if not is_argument(name, arguments)]
+    if others:
+        heading["fields"] = {name: arguments.pop(name) for name in others}
     heading["line_digest"] = digest_of(columns)
     return Line(number, heading["id"], arguments, heading)
 
@@ -5097,9 +5095,7 @@ def short_reason(error: Exception) -> str:
     return str(error).split("\n")[0][:100]
 
 
-def report_of(
-    result: Union[Answer, FallbackLLMError, ValueError], expects_json: bool, heading: Json
-) -> Json:
+def report_of(result: Union[Answer, Exception], expects_json: bool, heading: Json) -> Json:
     """What a batch and --json tell of a question."""
     report: Json = {**heading, "answer": None, "error": None}
     if not isinstance(result, Answer):
@@ -5262,6 +5258,7 @@ class Console(logging.Handler):
 
     def put(self, text: str) -> None:
         """Write a piece of the answer to stdout."""
+        text = text.translate(CONTROLS)
         if self._is_drawn and self._is_shared:
             self._write("")
         for start in range(0, len(text), PUT_SIZE):
@@ -5274,11 +5271,6 @@ class Console(logging.Handler):
         """See to it that the answer ends with a newline."""
         if self._has_open_line:
             self.put("\n")
-
-    def put_lines(self, lines: Iterable[str]) -> None:
-        """Write lines to stdout."""
-        for line in lines:
-            self.put(line.translate(CONTROLS) + "\n")
 
     def put_json(self, value: object) -> None:
         """Write one line of JSON to stdout, with escapes for what it cannot carry."""
@@ -5419,8 +5411,7 @@ def make_parser(prog: str) -> Parser:
     add("--max-attempts", metavar="N", default=5, help="maximum requests to one model (default: 5)")
     add("--base-delay", metavar="SECONDS", help="first wait, doubled each time (default: 2.0)")
     add("--max-delay", metavar="SECONDS", help="longest single wait (default: 60.0)")
-    text = "do not shorten waits by up to a fifth at random"
-    switch(group, text, "--disable-jitter")
+    switch(group, "do not shorten waits by up to a fifth at random", "--disable-jitter")
     switch(group, "on a rate limit, try another model at once", "--no-wait")
     switch(mode, "print the answer as it is written", "--stream")
     switch(group, "print one JSON object, also on failure", "--json")
@@ -5433,8 +5424,7 @@ def make_parser(prog: str) -> Parser:
     switch(mode, "print PROVIDER<tab>MODEL", "--list-models")
     text = "ask each line: text, or JSON with question, id ..."
     mode.add_argument("--batch", metavar="FILE", help=text)
-    text = "answers of a batch; run again to resume"
-    add("-o", "--output", metavar="FILE", help=text)
+    add("-o", "--output", metavar="FILE", help="answers of a batch; run again to resume")
     add("--workers", metavar="N", help="concurrent requests of a batch (default: 8)")
     version = f"fallback_llm {__version__}"
     add("-V", "--version", action="version", version=version, help="print the version")
@@ -5444,14 +5434,12 @@ def make_parser(prog: str) -> Parser:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of FALLBACK_LLM_OPTS, then those given. Raises ValueError."""
+    import shlex
+
     name = re.search(r"[\w.-]*fallback[\w.-]*$", "".join(sys.argv[:1]))
     parser = make_parser(name.group() if name else "fallback_llm.py")  # python - < fallback_llm.py
-    words: List[str] = []
     try:
-        if OPTIONS_VARIABLE in os.environ:
-            import shlex
-
-            words = shlex.split(os.environ[OPTIONS_VARIABLE])
+        words = shlex.split(os.environ.get(OPTIONS_VARIABLE, ""))
         args = parser.read([*words, *argv])
     except ValueError as error:
         parser.read(argv)  # it may be wrong by itself
@@ -5643,24 +5631,25 @@ def check(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
     labels = [account.label for account in llm.accounts(args.provider)]
     waiting = list(labels)
     reports = []
-    console.redraw(f"waiting for {', '.join(waiting)}")
-    for report in llm.check(args.provider, args.timeout):
-        reports.append(report)
-        waiting.remove(report.label)
+    found = llm.check(args.provider, args.timeout)
+    while waiting:
         console.redraw(f"waiting for {', '.join(waiting)}")
+        report = next(found)
+        waiting.remove(report.label)
+        reports.append(report)
     console.redraw("")
 
     reports.sort(key=lambda report: labels.index(report.label))
     if args.json:
         console.put_json([report.to_dict() for report in reports])
     else:
-        console.put_lines(check_table(reports))
+        console.put(check_table(reports))
     if any(report.served for report in reports):
         return 0
     return 1
 
 
-def check_table(reports: Sequence[CheckReport]) -> List[str]:
+def check_table(reports: Sequence[CheckReport]) -> str:
     """The reports with their columns below each other, no wider than 80 columns."""
     import textwrap
 
@@ -5676,8 +5665,8 @@ def check_table(reports: Sequence[CheckReport]) -> List[str]:
             notes.append(report.reason)
         start = f"{report.label:{width}}  {report.key:11}  {report.seconds:<7.2f}  "
         wrapper = textwrap.TextWrapper(WIDEST, start, " " * len(start), break_on_hyphens=False)
-        lines.extend(wrapper.wrap("; ".join(notes) or "-"))
-    return lines
+        lines.append(wrapper.fill("; ".join(notes) or "-"))
+    return "\n".join([*lines, ""])
 
 
 def list_models(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
@@ -5688,20 +5677,13 @@ def list_models(llm: FallbackLLM, args: argparse.Namespace, console: Console) ->
         if listing.problem:
             logger.warning("⚠️  %s: %s; these are the models we ask", name, listing.problem)
         for model in listing.models:
-            is_asked = model in listing.asked
-            found.append({"provider": name, "model": model, "asked": is_asked})
+            found.append({"provider": name, "model": model, "asked": model in listing.asked})
     if args.json:
         console.put_json(found)
     else:
-        console.put_lines(f"{entry['provider']}\t{entry['model']}" for entry in found)
+        for entry in found:
+            console.put(f"{entry['provider']}\t{entry['model']}\n")
     return 0
-
-
-def say_statistics(llm: FallbackLLM, console: Console) -> None:
-    """Write the five documented lines to stderr."""
-    lines = ["\n📊 Usage Statistics:"]
-    lines.extend(f"   {name}: {count}" for name, count in llm.get_stats().items())
-    console.say("\n".join(lines))
 
 
 def make_batch(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> Batch:
@@ -5746,7 +5728,8 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
             console.say(f"❌ {in_shell_words(error)}")
             code = 1
         if args.stats:
-            say_statistics(llm, console)
+            counts = [f"   {name}: {count}" for name, count in llm.get_stats().items()]
+            console.say("\n".join(["\n📊 Usage Statistics:", *counts]))
     return code
 
 
@@ -5770,12 +5753,6 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def discard_stdout() -> None:
-    """Throw away what stdout still holds, or Python would complain at its exit."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program. Returns the exit code; Ctrl-C ends the process by its signal."""
     console = Console()
@@ -5797,7 +5774,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         console.say(f"missing package: {error.name} - run: pip install requests python-dotenv")
         return 1
     except OSError as error:
-        discard_stdout()
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            # What stdout still holds would make Python complain at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 141
         console.say(f"error: {reason_of(error)}")

@@ -404,6 +404,7 @@ def test_an_output_that_is_no_file(run: Program, questions: Path, path: str) -> 
         ([*BATCH, "-o", "missing/answers.jsonl"], ["--output", "missing/answers.jsonl"]),
         ([*BATCH, "-o", "."], ["--output"]),
         ([*BATCH, "-o", "missing/"], ["--output missing/"]),
+        ([*BATCH, "-o", ""], ["--output '': No such file"]),
         ([*BATCH, "--workers", "0"], ["--workers", "0", "whole number"]),
         ([*BATCH, "words"], ["--batch"]),
         ([*BATCH, "-o", "questions.txt"], ["questions.txt"]),
@@ -542,7 +543,7 @@ def test_an_output_that_is_replaced(run: Program, questions: Path, answers: Path
     before = answers.read_text()
     result = process.end()
     assert result.code == 1
-    told = r"error: answers\.jsonl was replaced .*; \d+ answers written to answers\.jsonl; run the same"
+    told = r"error: answers\.jsonl was replaced .*; \d+ answers written to answers\.jsonl; run the "
     assert re.search(told, result.stderr)
     assert answers.read_text() == before
     assert run(*TO_FILE).code == 0
@@ -585,7 +586,7 @@ def test_an_output_whose_folder_goes(run: Program, questions: Path) -> None:
     output = Output(str(folder / "answers.jsonl"), str(questions))
     output.write(answer_of(1))
     shutil.rmtree(folder)
-    with pytest.raises(OSError, match="removed .* cannot be written again: No such file"):
+    with pytest.raises(OSError, match=r"removed .* cannot be written again: No such file"):
         output.write(answer_of(2))
     output.close()
 
