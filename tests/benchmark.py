@@ -20,7 +20,6 @@ import importlib.util
 import json
 import logging
 import os
-import platform
 import re
 import shutil
 import socket
@@ -35,6 +34,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple, Sequence
+
+from tables import line, machine
 
 if TYPE_CHECKING:  # loaded late, as requests is: a child's peak memory starts from its parent's
     import asyncio
@@ -516,9 +517,12 @@ SECTIONS = {
 
 def quota(quick: bool) -> Iterator[str]:
     """How well a batch uses rate-limited quotas, beside the peers that are installed."""
-    from quota import BASE, OURS, table
+    from quota import BASE, OURS, SHAPES, installed, table
 
-    yield from table([BASE], list(OURS), [8, 32, 128], 200 if quick else 1000, has_peers=True)
+    count = 200 if quick else 1000
+    yield from table([BASE], list(OURS), [8, 32, 128], count, installed())
+    yield ""
+    yield from table(list(SHAPES), ["waits"], [], count, installed())
 
 
 def failures(quick: bool) -> Iterator[str]:
@@ -584,7 +588,7 @@ def lines(names: Sequence[str], quick: bool) -> Iterator[str]:
     sections = [name for name in names if name in SECTIONS]
     if sections:
         for cells in table(sections, quick):
-            yield f"| {' | '.join(cells)} |"
+            yield line(*cells)
     for name in names:
         if name in TABLES:
             print(f"benchmark: {name} ...", file=sys.stderr)
@@ -607,13 +611,12 @@ def main() -> None:
     if args.peer:
         return print(peer(args.peer[0], args.peer[1], Bench(int(args.peer[2]))))
     logging.getLogger("fallback_llm").addHandler(logging.NullHandler())
-    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
-    print(f"Python {platform.python_version()}, {machine}, {time.strftime('%Y-%m-%d')}\n")
+    print(f"{machine()}\n")
     unknown = set(args.sections).difference(names)
     if unknown:
         parser.error(f"unknown section: {', '.join(sorted(unknown))}")
-    for line in lines(args.sections or names, args.quick):
-        print(line, flush=True)
+    for text in lines(args.sections or names, args.quick):
+        print(text, flush=True)
     return None
 
 

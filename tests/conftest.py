@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import io
 import os
 import pty
 import py_compile
+import re
 import shutil
 import struct
 import subprocess
@@ -26,6 +28,7 @@ from forks import Fork, Forks
 from peers import Script, Serve, Server
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `import fallback_llm`
+import fallback_llm
 
 PATIENCE = 60.0  # seconds; only a test that fails waits so long
 PROVIDERS = ("cerebras", "groq", "openrouter")
@@ -89,13 +92,35 @@ def _content(file: IO[bytes]) -> str:
     return content.decode("utf-8", "surrogateescape")
 
 
+@contextlib.contextmanager
+def _on_stdin(content: bytes) -> Iterator[IO[str]]:
+    """Has it on the standard input of this process, the file descriptor 0."""
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        before = os.dup(0)
+        os.dup2(file.fileno(), 0)
+        try:
+            with open(0, closefd=False) as stdin:
+                yield stdin
+        finally:
+            os.dup2(before, 0)
+            os.close(before)
+
+
+def _written(stream: io.TextIOWrapper) -> str:
+    """All that was written to it."""
+    stream.seek(0)
+    return stream.read()
+
+
 class Terminal:
     """A pseudo-terminal: a process writes to `end`, and `screen` is what its user then sees."""
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
         self._user, self.end = pty.openpty()
-        fcntl.ioctl(self.end, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+        self.resize(columns)
         self._received = b""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -109,9 +134,13 @@ class Terminal:
     def screen(self) -> str:
         """The lines that it shows, as if it were endlessly high, without blanks at their ends."""
         screen = _Screen(self.columns)
-        for character in self.received:
-            screen.put(character)
+        for piece in re.findall(r"\x1b\[[KJ]|.", self.received, re.DOTALL):
+            screen.put(piece)
         return "".join(line + "\n" for line in screen.lines())
+
+    def resize(self, columns: int) -> None:
+        """Makes it as wide as this; `screen` goes on to show it as wide as it was."""
+        fcntl.ioctl(self.end, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
 
     def type(self, keys: bytes) -> None:
         """What the user types; b"\\x03" is Ctrl-C, for who has it as controlling terminal."""
@@ -135,7 +164,7 @@ class Terminal:
 
 
 class _Screen:
-    """The cells of a terminal that knows newline, carriage return, and wraps at its edge."""
+    """The cells of a terminal that knows newline, carriage return, ESC [K and [J, and wraps."""
 
     def __init__(self, columns: int) -> None:
         self._columns = columns
@@ -148,6 +177,12 @@ class _Screen:
             self._next_row()
         elif character == "\r":
             self._column = 0
+        elif character == "\x1b[K":
+            row = self._rows[self._row]
+            self._rows[self._row] = {at: row[at] for at in row if at < self._column}
+        elif character == "\x1b[J":
+            self.put("\x1b[K")
+            del self._rows[self._row + 1 :]
         else:
             assert character.isprintable() or character in "\t\ufe0f", repr(character)
             self._show(character)
@@ -267,6 +302,36 @@ class Program:
             self.bytecode if part == self._source else part for part in command or self.command
         ]
         return subprocess.Popen([*begin, *arguments], env=variables, cwd=folder, **more)
+
+    def inside(
+        self, *arguments: str, stdin: bytes = b"", env: Mapping[str, str | None] | None = None
+    ) -> Result:
+        """Calls `main` in this process, which is quicker than a new one; no stream is a terminal.
+
+        The threads of a batch that failed may outlive it.
+        """
+        changed = {**self.variables, **(env or {})}
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+        logger = fallback_llm.logger
+        with pytest.MonkeyPatch.context() as patch, _on_stdin(stdin) as stdin_file:
+            for name in list(os.environ):
+                patch.delenv(name)
+            for name, value in changed.items():
+                if value is not None:
+                    patch.setenv(name, value)
+            patch.chdir(self.folder)
+            patch.setattr(fallback_llm, "__file__", str(self.path))
+            patch.setattr(logger, "handlers", [])
+            patch.setattr(logger, "level", logger.level)
+            patch.setattr(sys, "stdin", stdin_file)
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            try:
+                code = fallback_llm.main(arguments)
+            except SystemExit as end:  # --help and --version
+                code = int(end.code or 0)
+        logger.setLevel(logger.level)  # it remembers what it was asked before
+        return Result(code, *(_written(stream) for stream in (out, err)))
 
     def terminal(self, columns: int = 80) -> Terminal:
         """A new terminal, of which `end` can be a stream of the program."""

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from emulator import Emulator, Reply, error, rate_limited
+from emulator import Emulator, Reply, error, interrupted, rate_limited
 
 PROGRAM = Path(__file__).resolve().parent.parent / "fallback_llm.py"
 QUESTION = "What is the capital of France?"
@@ -50,4 +50,7 @@ if __name__ == "__main__":
         file=sys.stderr,
         flush=True,
     )
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == 130:
+        interrupted()
+    sys.exit(code)

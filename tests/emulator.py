@@ -8,7 +8,7 @@
         models = [asked.model for asked in emulator.asked]
 
 What is not planned is answered. `python tests/emulator.py` prints the environment that points a
-program here, and serves until Ctrl-C. All times are seconds.
+program here, and a line for each request; see its --help. All times are seconds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,15 @@ import http.client
 import itertools
 import json
 import math
+import os
+import random
+import re
 import shlex
+import signal
 import socket
 import struct
+import sys
+import textwrap
 import threading
 import time
 from email.utils import formatdate
@@ -36,10 +42,12 @@ from typing import (
     List,
     Mapping,
     NamedTuple,
+    NoReturn,
     Sequence,
     Union,
 )
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 Json = Dict[str, Any]
 Headers = Dict[str, str]
@@ -51,6 +59,7 @@ CREATED = 1790000000
 DONE = "data: [DONE]\n\n"
 JSON_TYPE = "application/json"
 REFUSED_AGENTS = ("Python-urllib", "python-requests")  # Cloudflare turns these away
+ANSWER_IN_JSON = '{"capital": "Paris"}'  # to who asks for JSON
 BEAT = 0.05  # the gap of faults that have one of their own
 
 
@@ -59,7 +68,7 @@ class Reply:
     """What the emulator does with one request: an answer in the provider's dialect, or a fault."""
 
     status: int = 200
-    text: str | None = None  # the answer; None: one that names the emulator, provider and model
+    text: str | None = None  # the answer; None: the name of the provider and the model, or JSON
     body: Body | None = None  # sent as it is, instead of what the dialect would say
     headers: Headers = dataclasses.field(default_factory=dict)  # win over the dialect's; "": none
     stream: bool | None = None  # None: as the request asks (drip and short: plain JSON)
@@ -630,7 +639,7 @@ def _go_duration(seconds: float) -> str:
 
 # --- Quotas: what an account or a model may use up ----------------------------------------------
 
-SPANS = {"minute": 60.0, "hour": 3600.0, "day": 86400.0}
+SPANS = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86400.0}
 MAX_RESERVED = 16384  # tokens reserved for an answer, at most and without max_tokens
 UNITS = {"requests": 1, "tokens": 500}  # what one request of another program takes
 CLOSE = 1e-9  # floats that are as close as this are equal
@@ -652,6 +661,9 @@ class Quota:
     taken: float = 0.0  # the share that another program takes, at a steady rate
     schedule: Sequence[tuple[float, float]] = ()  # from so many seconds on: so many times the limit
     told: bool = True  # False: no header and no hint gives it away
+    hint: float | None = None  # seconds that it tells who is refused, instead of the truth
+
+    counted: ClassVar[bool] = True  # in the headers of replies
 
     def __post_init__(self) -> None:
         self.capacity = self.left = float(self.limit)  # left: negative when another program took it
@@ -682,6 +694,9 @@ class Quota:
         """Seconds until so much of it will be there, as far as the server knows; 0.0: it is."""
         self.advance(now)
         return self._wait_for(cost)
+
+    def take(self, cost: float) -> None:
+        self.left -= cost
 
     def whole_seconds(self, wait: float) -> float:
         """The wait in whole seconds of a real minute (hour, day), which may be shrunk."""
@@ -736,6 +751,52 @@ class Quota:
         return self._at + UNITS[self.counts] * self.window / (self.capacity * self.taken)
 
 
+class AtOnce(Quota):
+    """So many requests at a time, each of which takes so many seconds."""
+
+    counted = False
+
+    def __init__(self, limit: float, takes: float, **more: Any) -> None:
+        super().__init__(limit, **more)
+        self.takes = takes
+        self._ends: list[float] = []  # when those under way will be answered
+
+    def wait(self, cost: float, now: float) -> float:
+        self.advance(now)
+        self._ends = [end for end in self._ends if end > self._at + CLOSE]
+        return 0.0 if len(self._ends) < self.limit else min(self._ends) - self._at
+
+    def take(self, cost: float) -> None:
+        self._ends.append(self._at + self.takes)
+
+
+class Storm(Quota):
+    """Refuses everybody for the first `lasts` seconds of every `every` seconds."""
+
+    counted = False
+
+    def __init__(self, every: float, lasts: float, **more: Any) -> None:
+        super().__init__(math.inf, fixed=True, **more)
+        self.every, self.lasts = every, lasts
+
+    def wait(self, cost: float, now: float) -> float:
+        self.advance(now)
+        return max(0.0, self.lasts - self._at % self.every)
+
+
+class Chance(Quota):
+    """Refuses a share of the requests, at random; it is the same share of the same seed."""
+
+    counted = False
+
+    def __init__(self, share: float, seed: int = 1, **more: Any) -> None:
+        super().__init__(math.inf, fixed=True, **more)
+        self.share, self._random = share, random.Random(seed)  # noqa: S311 - no secret
+
+    def wait(self, cost: float, now: float) -> float:
+        return CLOSE if self._random.random() < self.share else 0.0
+
+
 def admit(quotas: Sequence[Quota], body: Json, now: float) -> tuple[Quota, float] | None:
     """Takes from each quota what the request needs, or nothing if one of them has too little.
 
@@ -752,7 +813,7 @@ def admit(quotas: Sequence[Quota], body: Json, now: float) -> tuple[Quota, float
             longest = quota, wait
     if longest is None:
         for quota, cost in zip(quotas, costs):
-            quota.left -= cost
+            quota.take(cost)
     return longest
 
 
@@ -764,6 +825,8 @@ def refusal(provider: str, quota: Quota, wait: float, wide: bool, now: float) ->
     dialect = _dialect(provider)
     if wait == math.inf:
         return error(provider, "too_large")
+    if quota.hint is not None:
+        wait = quota.hint
     how = dialect.hints[wide] if quota.told else "none"
     hint = Hint(wait, how, quota.per, now, quota.counts, wide)
     own, body = dialect.limit(hint)
@@ -777,7 +840,9 @@ def quota_headers(provider: str, quotas: Sequence[Quota]) -> Headers:
     """The headers of any reply, without those of quotas that are not in force."""
     dialect = _dialect(provider)
     headers = {name: "" for name in dialect.headers if name.startswith("x-ratelimit-")}
-    headers.update(dialect.quota_headers([quota for quota in quotas if quota.told]))
+    headers.update(
+        dialect.quota_headers([quota for quota in quotas if quota.told and quota.counted])
+    )
     return headers
 
 
@@ -894,6 +959,11 @@ def _content(
         return _halves(b"<!DOCTYPE html>\n<title>Bad gateway</title>\n"), b"", "text/html"
     if reply.fault == "empty":
         return [b""], b"", JSON_TYPE
+    if reply.fault in SPOILED:
+        plain, streamed = SPOILED[reply.fault](dialect, model, _told(dialect, reply, model))
+        if stream:
+            return _halves(streamed.encode()), b"", dialect.stream_type
+        return _halves(plain.encode()), b"", JSON_TYPE
     if reply.body is not None:
         return _halves(_encoded(reply.body, model)), b"", JSON_TYPE
     if reply.status >= 300:
@@ -906,6 +976,46 @@ def _content(
     steps = ["".join([*dialect.opening(model, told), *pieces[:1]]), *pieces[1:]]
     ending = "".join(dialect.closing(model, told))
     return [step.encode() for step in steps], ending.encode(), dialect.stream_type
+
+
+# Bodies of 200 that hold no right answer: as a JSON document, and as a stream.
+
+
+def _malformed(dialect: Dialect, model: str, reply: Reply) -> tuple[str, str]:
+    opening, pieces = dialect.opening(model, reply), dialect.pieces(model, reply)
+    middle = len(pieces) // 2
+    if pieces:
+        event = pieces[middle]
+        pieces[middle] = event[: len(event) // 2] + "\n\n"
+    stream = "".join([*opening, *pieces, *dialect.closing(model, reply)])
+    return _dumps(dialect.document(model, reply))[:-1] + ",}", stream
+
+
+def _no_choices(dialect: Dialect, model: str, reply: Reply) -> tuple[str, str]:
+    body = dict(dialect.document(model, reply), choices=[])
+    return _dumps(body), _event(dict(body, object="chat.completion.chunk")) + DONE
+
+
+def _error_object(dialect: Dialect, model: str, reply: Reply) -> tuple[str, str]:
+    body = _encoded(dialect.error(dialect.errors["overloaded"]), model).decode()
+    return body, f"data: {body}\n\n"
+
+
+def _error_midway(dialect: Dialect, model: str, reply: Reply) -> tuple[str, str]:
+    opening, pieces = dialect.opening(model, reply), dialect.pieces(model, reply)
+    trouble = dialect.in_stream().replace(MODEL, model)
+    half = dataclasses.replace(reply, text=_split(reply.text or "", 2)[0], finish_reason="error")
+    body = dialect.document(model, half)
+    body["choices"][0]["error"] = {"code": 502, "message": "The upstream provider hung up"}
+    return _dumps(body), "".join([*opening, *pieces[:-1], trouble])
+
+
+SPOILED: dict[str, Callable[[Dialect, str, Reply], tuple[str, str]]] = {
+    "malformed": _malformed,
+    "no-choices": _no_choices,
+    "error-in-200": _error_object,
+    "error-midway": _error_midway,
+}
 
 
 def _encoded(body: Body, model: str) -> bytes:
@@ -1001,7 +1111,12 @@ FAULTS: dict[str, Callable[[_Link, _Page], bool | None]] = {
     "empty": _whole,  # a body of no bytes
     "huge": _huge,  # text without end (a line without end, where no stream was asked for)
     "close": lambda link, page: None,  # the connection is closed instead of a reply
+    "malformed": _whole,  # JSON that does not parse, in the middle of the text
+    "no-choices": _whole,  # an answer without choices
+    "error-in-200": _whole,  # the error of an overloaded service, and nothing else
+    "error-midway": _whole,  # some text, then the provider's error
 }
+MUTE = ("silence", "reset", "close")  # no status is sent
 SIZED, ENDLESS = ("drip", "short"), ("keep-alives", "huge")  # with a content-length; without
 
 
@@ -1024,7 +1139,8 @@ class Emulator:
     """The three providers on a port of 127.0.0.1, for as long as the `with` block lasts.
 
     models: what a provider serves, by its name; another model is then gone. A provider that is
-    not named there answers for every model. clock: of the quotas.
+    not named there answers for every model. clock: of the quotas. tell: is called with every
+    request and its reply, before that is sent.
     """
 
     def __init__(
@@ -1032,6 +1148,7 @@ class Emulator:
         models: Mapping[str, Sequence[str]] | None = None,
         port: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        tell: Callable[[Asked, Reply], None] = lambda asked, reply: None,
     ) -> None:
         self.url = ""  # known once it serves
         self.connections = 0  # accepted so far
@@ -1039,6 +1156,7 @@ class Emulator:
         self._port = port
         self._plans: dict[str, list[Reply]] = {}
         self._clock = clock
+        self._tell = tell
         self._quotas: dict[str, list[Quota]] = {}
         self._counts: dict[str, Count] = {}
         self._asked: list[Asked] = []
@@ -1159,6 +1277,7 @@ class Emulator:
         if stream is None:
             stream = body.get("stream") is True and reply.fault not in SIZED
         page = _page(dialect, reply, model, stream)
+        self._tell(asked, reply)
         link.wait(reply.delay)
         fit = FAULTS[reply.fault](link, page)
         return bool(fit) and headers.get("connection") != "close"
@@ -1184,6 +1303,8 @@ class Emulator:
             return error(dialect.name, "bad_request")
         refused, headers = self._admission(dialect, asked)
         reply = refused or self._answered(dialect, asked)
+        if reply.text is None and _wants_json(asked.body):
+            reply = dataclasses.replace(reply, text=ANSWER_IN_JSON)
         return dataclasses.replace(reply, headers={**headers, **reply.headers})
 
     def _admission(self, dialect: Dialect, asked: Asked) -> tuple[Reply | None, Headers]:
@@ -1238,15 +1359,248 @@ def _parsed(body: bytes) -> Json:
     return parsed if isinstance(parsed, dict) else {}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="The three providers on a loopback port.")
-    parser.add_argument("--port", type=int, default=0, help="default: one that is free")
-    port = parser.parse_args().port
-    with contextlib.suppress(KeyboardInterrupt), Emulator(port=port) as emulator:
-        for name, value in emulator.environment().items():
-            print(f"export {name}={shlex.quote(value)}", flush=True)
+def _wants_json(body: Json) -> bool:
+    """Whether the parameters or the last message ask for it."""
+    told = _dumps([body.get("response_format"), body["messages"][-1:]])
+    return "json_" in told or "JSON" in told
+
+
+# --- The command line ---------------------------------------------------------------------------
+
+KINDS = {  # of statuses that every provider has a text of its own for
+    401: "bad_key",
+    402: "no_credit",
+    403: "forbidden",
+    404: "gone",
+    413: "too_large",
+    500: "server",
+    503: "overloaded",
+}
+OF_THE_KEY = ("401", "403")
+OTHER_NAMES = {"ok": "", "timeout": "silence"}
+NAMES = ["ok", "no-text", "timeout", *filter(None, FAULTS)]  # of --fault, beside statuses
+MORE_HELP = """
+faults:
+  an HTTP status      400 to 599, in the words of the provider where it has some
+  no answer at all    timeout (or silence), silence-after-headers, keep-alives,
+                      close, reset
+  a part of it        stall, cut, short, reset-midway, error-midway, malformed
+  something else      html, empty, no-text, no-choices, error-in-200
+  slow, or endless    drip, huge
+  the right answer    ok
+
+examples:
+  python tests/emulator.py
+  python tests/emulator.py --answer '{"city": "Lima"}' --delay 0.5
+  python tests/emulator.py --fault 503 --provider cerebras,groq
+  python tests/emulator.py --fault 429,429,ok --retry-after 2
+  python tests/emulator.py --fault cut --provider cerebras
+  python tests/emulator.py --quota 30
+
+It prints lines that you paste into another shell. A program that is started there
+asks the emulator instead of the providers. Ctrl-C ends the emulator.
+"""
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program because of how it was called."""
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(re.sub(r"^argument (\S+): ", r"\1 ", message))
+
+
+def _number_from(least: float, most: float, kind: Callable[[str], float]) -> Callable[[str], float]:
+    """The type of an option."""
+
+    def number(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if least <= value <= most:
+                return value
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what} from {least} to {most}, not {text!r}")
+
+    return number
+
+
+def _one_or_more(names: Sequence[str], statuses: bool = False) -> Callable[[str], list[str]]:
+    """The type of an option that takes names with commas between them."""
+
+    def chosen(text: str) -> list[str]:
+        words = [word.strip() for word in text.split(",")]
+        for word in words:
+            if word not in names and not (statuses and re.match("[45][0-9][0-9]$", word)):
+                known = ", ".join([*names, *["a status from 400 to 599"] * statuses])
+                raise argparse.ArgumentTypeError(f"must be one or more of {known}, not {word!r}")
+        return words
+
+    return chosen
+
+
+def options_parser() -> argparse.ArgumentParser:
+    """What reads the options of the command line, and explains them."""
+    parser = _Parser(
+        prog="python tests/emulator.py",
+        description="Cerebras, Groq and OpenRouter on a port of this machine, with their faults.",
+        epilog=MORE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    seconds = _number_from(0, 86400, float)
+    add("--answer", metavar="TEXT", help="what every model answers")
+    add(
+        "--fault",
+        metavar="NAMES",
+        type=_one_or_more(NAMES, statuses=True),
+        help="what becomes of a provider's first question, its second one and so on, separated by "
+        "commas; the last one repeats, also for its list of models in an outage",
+    )
+    add(
+        "--retry-after",
+        metavar="SECONDS",
+        type=seconds,
+        help="what --fault 429 says (default: as the provider usually does)",
+    )
+    add("--delay", metavar="SECONDS", type=seconds, default=0, help="wait before each reply")
+    add(
+        "--quota",
+        metavar="N",
+        type=_number_from(1, 10**6, int),
+        help="requests per minute that a provider allows; it refuses the others with a 429",
+    )
+    add(
+        "--provider",
+        metavar="NAMES",
+        type=_one_or_more([dialect.name for dialect in DIALECTS]),
+        help="who has the fault, the delay and the quota (default: all of "
+        "cerebras,groq,openrouter)",
+    )
+    add(
+        "--port",
+        metavar="N",
+        type=_number_from(0, 65535, int),
+        default=0,
+        help="default: a free one, another one each time",
+    )
+    return parser
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options. What is wrong with them ends the program."""
+    options = options_parser().parse_args(arguments)
+    if options.provider and not (options.fault or options.delay or options.quota):
+        fail("--provider needs --fault, --delay or --quota")
+    if options.retry_after is not None and "429" not in (options.fault or []):
+        fail("--retry-after needs --fault 429")
+    return options
+
+
+def prepared(
+    options: argparse.Namespace, tell: Callable[[Asked, Reply], None] = lambda asked, reply: None
+) -> Emulator:
+    """The emulator that these options describe."""
+    emulator = Emulator(port=options.port, tell=tell)
+    for dialect in DIALECTS:
+        emulator.plan(dialect.name, Reply(text=options.answer))
+    faults = options.fault or ["ok"]
+    for name in options.provider or [dialect.name for dialect in DIALECTS]:
+        replies = [named(name, fault, options.retry_after) for fault in faults]
+        replies = [dataclasses.replace(reply, delay=options.delay) for reply in replies]
+        emulator.plan(name, *(_with_text(reply, options.answer) for reply in replies))
+        for endpoint in _also_down(_dialect(name), faults[-1]):
+            emulator.plan(name + endpoint[len("GET ") :], replies[-1])
+        if options.quota:
+            emulator.limit(name, Quota(options.quota))
+    return emulator
+
+
+def _also_down(dialect: Dialect, fault: str) -> list[str]:
+    """What else has this fault, if it is the provider's or the key's rather than an answer's."""
+    others = [endpoint for endpoint in dialect.endpoints if endpoint != CHAT]
+    if fault in OF_THE_KEY:
+        return [endpoint for endpoint in others if endpoint not in dialect.keyless]
+    is_outage = fault.startswith("5") or OTHER_NAMES.get(fault, fault) in MUTE
+    return others if is_outage else []
+
+
+def named(provider: str, fault: str, retry_after: float | None = None) -> Reply:
+    """The reply with a fault that has a name on the command line."""
+    if fault == "429":
+        return rate_limited(provider, retry_after)
+    if fault == "no-text":
+        return Reply(text="")
+    if not fault.isdigit():
+        return Reply(fault=OTHER_NAMES.get(fault, fault))
+    status = int(fault)
+    return error(provider, KINDS[status]) if status in KINDS else Reply(status)
+
+
+def _with_text(reply: Reply, text: str | None) -> Reply:
+    return dataclasses.replace(reply, text=text) if reply.text is None else reply
+
+
+def line(asked: Asked, reply: Reply) -> str:
+    """What is shown of a request and its reply."""
+    at = time.strftime("%H:%M:%S")
+    status = "---" if reply.fault in MUTE else reply.status
+    words = f"{at} {asked.provider or '-'} {asked.model or asked.path} {status} {_outcome(reply)}"
+    shown = words.replace(MODEL, asked.model)
+    return "".join(letter if letter.isprintable() else "?" for letter in shown)
+
+
+def _outcome(reply: Reply) -> str:
+    if reply.fault or reply.status == 200:
+        return reply.fault or "answered"
+    body = reply.body if isinstance(reply.body, dict) else {}
+    message = body.get("error", body).get("message") or http.client.responses.get(reply.status, "")
+    message = textwrap.shorten(message, 60, placeholder=" ...")
+    hint = reply.headers.get("retry-after")
+    return f"{message} (Retry-After: {hint})" if hint else message
+
+
+def _show(asked: Asked, reply: Reply) -> None:
+    with contextlib.suppress(OSError):  # who reads it may have gone
+        sys.stderr.write(line(asked, reply) + "\n")
+        sys.stderr.flush()
+
+
+def serve(options: argparse.Namespace) -> NoReturn:
+    """Prints the environment, then a line for each request, until somebody ends it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            emulator = stack.enter_context(prepared(options, _show))
+        except OSError as problem:
+            fail(f"--port {options.port} cannot be used: {problem.strerror}")
+        print("Paste these lines into another shell. Ctrl-C ends the emulator.", file=sys.stderr)
+        variables = emulator.environment()
+        if "http" in getproxies():
+            variables["no_proxy"] = "127.0.0.1"
+        lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+        print("\n".join(lines), flush=True)
         while True:
             time.sleep(3600)
+
+
+def interrupted() -> NoReturn:
+    """Ends this process as Ctrl-C does, so that a shell's loop stops; an exit code would not."""
+    if os.name == "posix":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(130)
+
+
+def main() -> None:
+    try:
+        serve(parsed(sys.argv[1:]))
+    except KeyboardInterrupt:
+        interrupted()
 
 
 if __name__ == "__main__":

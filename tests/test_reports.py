@@ -9,13 +9,16 @@ from typing import Any, Iterator
 
 import pytest
 from fakes import DONE, EPOCH, Reply, World, event, fails, row, says
+from peers import Serve, page, replies
 
 from fallback_llm import (
     PROVIDERS,
     AllProvidersFailed,
     AnswerRefused,
+    FallbackLLM,
     FallbackLLMError,
     Provider,
+    RetryConfig,
     StreamInterrupted,
     judge,
 )
@@ -517,27 +520,23 @@ MALFORMED = [
 @pytest.mark.parametrize("bad", table(MALFORMED))
 def test_a_malformed_event_may_have_held_a_word(bad: bytes, place: str) -> None:
     """Buffered it is a failure; live too, which is told when something was shown."""
-    before = event("Par") + (event("is.") if place == "last" else b"")
-    after = b"" if place == "last" else event("is.")
-    body = bad + before + after if place == "first" else before + bad + after
-    world = World({"a": [Reply(body=body + STOP)]})
+    pieces = [event("Par"), event("is."), STOP]
+    pieces.insert(["first", "middle", "last"].index(place), bad)
+    shown_before = ["", "Par", "Paris."][pieces.index(bad)]
+    world = World({"a": [Reply(body=tuple(pieces))]})
     answer = world.llm.complete("Where?")
     verdict = answer.attempts[0].verdict
     assert verdict is not None
     assert (answer.text, verdict.name, world.asked) == ("B", "FAULT", "ab")
 
-    world = World({"a": [Reply(body=body + STOP)]})
-    if place == "first":
+    world = World({"a": [Reply(body=tuple(pieces))]})
+    if not shown_before:
         assert (live(world), world.asked) == ("B", "ab")
-    else:
-        shown: list[str] = []
-        with pytest.raises(StreamInterrupted) as broken:
-            shown.extend(world.llm.stream("Where?"))
-        assert (
-            "".join(shown)
-            == broken.value.partial
-            == before.count(b"Par") * "Par" + ("is." if place == "last" else "")
-        )
+        return
+    shown: list[str] = []
+    with pytest.raises(StreamInterrupted) as broken:
+        shown.extend(world.llm.stream("Where?"))
+    assert "".join(shown) == broken.value.partial == shown_before
 
 
 # --- Errors in a 200 ----------------------------------------------------------------------------
@@ -671,6 +670,24 @@ VERDICTS: Any = [
     ("quota words in a 200", 200, {}, google(QUOTA + " Please retry in 1.5s."), "RATE_LIMITED"),
     ("quota words alone", 429, {}, google(QUOTA), "DENIED"),
     ("quota words and junk", 429, {"retry-after": "soon"}, error(QUOTA), "DENIED"),
+    # Codes and statuses as others write them.
+    ("a code as text", 200, {}, error("Slow down", "429"), "RATE_LIMITED"),
+    ("a status as text", 200, {}, {"error": {"message": "Busy", "code": "503"}}, "FAULT"),
+    ("Google's limit", 429, {}, google("Resource has been exhausted."), "RATE_LIMITED"),
+    (
+        "Google's overload",
+        503,
+        {},
+        [error("The model is overloaded.", 503, status="UNAVAILABLE")],
+        "FAULT",
+    ),
+    (
+        "Google's word for a wrong key",
+        400,
+        {},
+        [error("API key not valid. Please pass a valid API key.", 400, status="INVALID_ARGUMENT")],
+        "DENIED",
+    ),
     # What a router tells of a supplier.
     ("a supplier's 404", 404, {}, RELAYED, "FAULT"),
     ("a supplier's 404 in a 200", 200, {}, RELAYED, "FAULT"),
@@ -772,6 +789,13 @@ def test_no_money_for_one_model(status: int) -> None:
     """Free models of the same key may answer."""
     world = World({"a": [Reply(status, error("Pay first", 402))]})
     assert (whole(world), world.asked) == ("B", "ab")
+
+
+def test_a_model_without_money_is_asked_last() -> None:
+    """For a while; its siblings answer meanwhile."""
+    world = World({"a": [Reply(402, error("Pay first", 402))]})
+    assert [whole(world) for _ in range(3)] == ["B"] * 3
+    assert world.asked == "abbb"
 
 
 ONE = (row("one", "a", "b"),)
@@ -921,6 +945,20 @@ def test_a_hint(headers: Any, body: Any, seconds: Any) -> None:
     assert (failure.verdict.name, failure.hint) == ("RATE_LIMITED", expected)
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_reset_of_what_is_not_spent_is_no_hint(status: int) -> None:
+    """Groq tells with each reply when its day's quota, which is almost untouched, is full again."""
+    headers = {
+        "x-ratelimit-remaining-requests": "997",
+        "x-ratelimit-reset-requests": "4m19.2s",
+        "x-ratelimit-remaining-tokens": "7120",
+        "x-ratelimit-reset-tokens": "6.6s",
+    }
+    hint = judge(status, headers, error("Slow down"), EPOCH).hint
+    assert hint is None or hint < 7
+    assert judge(status, {**headers, "retry-after": "3"}, "", EPOCH).hint == 3
+
+
 def instants(now: float) -> Iterator[tuple[Any, Any]]:
     """Headers and bodies that name the instant 20 s from the server's own now."""
     later = int(now + 20)
@@ -963,6 +1001,20 @@ def test_a_spent_limit_is_waited_for() -> None:
     with pytest.raises(AllProvidersFailed) as failed:
         World({"a": [reply]}, providers=rows, max_attempts=1).llm.complete("Where?")
     assert failed.value.retry_after == pytest.approx(9)
+
+
+def test_headers_that_come_twice(serve: Serve) -> None:
+    """As they come over the wire: a list, of which the first valid one counts."""
+    for values in (("30", "30"), ("30s", "30"), ("30", "31")):
+        lines = "".join(f"Retry-After: {value}\r\n" for value in values)
+        server = serve(replies(page(429, b"{}", more=lines)))
+        llm = FallbackLLM(
+            RetryConfig(max_attempts=1), providers=[Provider("one", server.url, None, ("m",))]
+        )
+        with pytest.raises(AllProvidersFailed) as failed:
+            llm.complete("Where?")
+        assert failed.value.retry_after is not None
+        assert 15 < failed.value.retry_after < 31
 
 
 # --- Parameters that some servers refuse --------------------------------------------------------
