@@ -44,6 +44,7 @@ import dataclasses
 import datetime
 import enum
 import functools
+import inspect
 import io
 import itertools
 import json
@@ -1160,7 +1161,7 @@ def message_of(fields: Mapping[str, List[Any]]) -> str:
         text = value
         if not isinstance(value, str):
             try:
-                text = json.dumps(value)
+                text = json.dumps(value, ensure_ascii=False).replace("\\n", " ")
             except (ValueError, RecursionError):
                 continue
         text = one_line(page_summary(clipped(text)))
@@ -1259,15 +1260,25 @@ DURATION_PART = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-ISO_DATE = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)?")
+ISO_DATE = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d)?(\.\d{1,9})?(?:[Zz]|([+-]\d\d):?(\d\d))?"
+)
 WAIT_WORDS = re.compile(
-    r"\b(?:(?:again|retry|resets?|available) (?:in|after|at)|wait(?: for)?|until) "
+    r"\b(?:(?:again|retry|resets?|available)[ -](?:in|after|at)|wait(?: for)?|until):? "
     r"(?:about |approximately |approx\. |around |another |at least |~ ?)?",
     re.IGNORECASE,
 )
 LONG_PERIOD = re.compile(r"\bper[ -](hour|day|week|month)|\b(hourly|daily|monthly)\b")
 RESET_HEADER = re.compile(r"(x-)?rate-?limit-(.+-)?reset(-.+)?|.+-ratelimit-(.+-)?reset")
-WAIT_FIELDS = ("retry_after_seconds", "retry_after", "retry-after", "retrydelay", "retry_delay")
+USED_UP = re.compile(r"(?:remaining|\br)=0\b.*?(?:reset|\bt)=(\d+)")  # of the header RateLimit
+WAIT_FIELDS = (
+    "retry_after_seconds",
+    "retry_after",
+    "retry-after",
+    "retryafter",
+    "retrydelay",
+    "retry_delay",
+)
 
 
 def hints(values: Iterable[object], now: float) -> Iterator[float]:
@@ -1280,31 +1291,32 @@ def hints(values: Iterable[object], now: float) -> Iterator[float]:
 
 def waits(report: ErrorReport, headers: Mapping[str, str]) -> Iterator[object]:
     """What may say how long to wait, from the most exact source to the least."""
-    yield to_number(headers.get("retry-after-ms")) / 1000
-    retry_after = headers.get("retry-after", "")
-    yield retry_after.partition(",")[0]  # a header that was sent twice arrives as "30, 30"
-    yield retry_after
+    for value in (headers.get("retry-after-ms"), *report.fields.get("retry_after_ms", [])):
+        yield to_number(value) / 1000
+    yield headers.get("retry-after")
     for name in WAIT_FIELDS:
         yield from reversed(report.fields.get(name, []))
     for words in WAIT_WORDS.finditer(report.message[:MAX_TEXT]):
         rest = report.message[words.end() : words.end() + 100]
         date = ISO_DATE.match(rest)
         if date is None:
-            yield leading_duration(rest)[0]
+            yield leading_duration(re.sub("^an? ", "1 ", rest))[0]
         else:
             yield date.group()
 
 
 def resets(report: ErrorReport, headers: Mapping[str, str]) -> Sequence[object]:
     """What may say when a rate limit ends: of what is used up, or else of what is not known."""
-    said = dict(headers)
+    said: Dict[str, object] = dict(headers)
     for name, values in report.fields.items():
         said.setdefault(name, values[-1])
-    used_up = []
+    used_up: List[object] = USED_UP.findall(headers.get("ratelimit", ""))
     unknown = []
     for name, value in said.items():
         if RESET_HEADER.fullmatch(name):
             remaining = to_number(said.get(name.replace("reset", "remaining")))
+            if name.endswith("-ms"):
+                value = to_number(value) / 1000
             if remaining <= 0:
                 used_up.append(value)
             elif math.isnan(remaining):
@@ -1328,6 +1340,10 @@ def now_of(headers: Mapping[str, str], now: float) -> float:
 
 def seconds_until(value: object, now: float) -> float:
     """The seconds that a number, a duration or an instant asks for; NaN if it is none of them."""
+    if isinstance(value, dict):
+        value = value.get("seconds")  # as some write google.rpc.RetryInfo
+    if isinstance(value, str):
+        value = re.sub("^PT", "", value.strip(" \t\"'")[:100])  # PT30S is a duration of ISO 8601
     number = to_number(value)
     if number > 1e11:
         return number / 1000 - now  # milliseconds of the epoch (OpenRouter, 2026-10)
@@ -1335,21 +1351,21 @@ def seconds_until(value: object, now: float) -> float:
         return number - now
     if not math.isnan(number) or not isinstance(value, str):
         return number
-    text = value.strip()[:100]
-    seconds, end = leading_duration(text)
-    if end == len(text):
+    seconds, end = leading_duration(value)
+    if value[end : end + 1] in ("", ","):  # a header that was sent twice arrives as "30, 30"
         return seconds
-    return to_epoch(text) - now
+    return to_epoch(value) - now
 
 
 def leading_duration(text: str) -> Tuple[float, int]:
     """The seconds of a duration at the beginning of a text, NaN if there is none; and its end."""
     total = 0.0
+    end = 0
     position = 0
     part = DURATION_PART.match(text)
     if part is None:
         return math.nan, 0
-    while part is not None:
+    while part is not None and (part.group(2) or end == 0):  # only the first may lack its unit
         unit = (part.group(2) or "s").lower()
         total += float(part.group(1)) * UNIT_SECONDS[unit]
         end = part.end()
@@ -1377,10 +1393,9 @@ def to_epoch(value: object) -> float:
     iso = ISO_DATE.match(value)
     try:
         if iso is not None:
-            date, fraction, zone = iso.groups()
-            if zone is None or zone in "zZ":
-                zone = "+00:00"
-            instant = datetime.datetime.fromisoformat(date.upper() + zone)
+            day, minute, second, fraction, hours, minutes = iso.groups()
+            zone = f"{hours or '+00'}:{minutes or '00'}"
+            instant = datetime.datetime.fromisoformat(f"{day}T{minute}{second or ':00'}{zone}")
             return instant.timestamp() + float(fraction or 0)
         parts = parsedate_tz(value[:100])
         return math.nan if parts is None else float(mktime_tz(parts))
@@ -1440,6 +1455,8 @@ ELSEWHERE = {
     "max_workers": "ask_many(..., max_workers=...)",
     "workers": "ask_many(..., max_workers=...)",
     "prompt": "the question itself",
+    "top_k": "extra_body={...}",
+    "min_p": "extra_body={...}",
     "accept": "ask, complete and ask_many, whose text can be taken back",
 }
 UNSUPPORTED = ("tools", "tool_choice", "functions", "function_call", "stream", "n")
@@ -1479,6 +1496,8 @@ class Question:
             check_parameter_name(name)
         if self.accept is not None and not callable(self.accept):
             raise ValueError(f"accept must be a function of the text, not {quoted(self.accept)}")
+        if inspect.iscoroutinefunction(self.accept):
+            raise ValueError("accept must be an ordinary function, not an async one")
         self.max_tokens = int(check_number("max_tokens", self.max_tokens))
         for name, value in (
             ("timeout", self.timeout),
@@ -1536,7 +1555,7 @@ def check_parameter_name(name: object) -> None:
 
     import difflib
 
-    near = difflib.get_close_matches(name, [*PARAMETERS, *ELSEWHERE], 1, 0.81)
+    near = difflib.get_close_matches(name, [*PARAMETERS, *ELSEWHERE], 1, 0.75)
     if near:
         raise ValueError(f"unknown parameter {quoted(name)}: did you mean {near[0]!r}?")
     raise ValueError(
@@ -1933,7 +1952,7 @@ class Draft:
         finish_reason = choice.get("finish_reason")
         if finish_reason:
             is_progress = is_progress or not self.finish_reason
-            self._finish(str(finish_reason)[:100], has_text=bool(text))
+            self._finish(str(finish_reason), has_text=bool(text))
         shown = self._show(text)
         return shown if is_progress or shown else None
 
@@ -2034,7 +2053,7 @@ class Draft:
         if not isinstance(model, str) or is_moderation_model(self._model):
             return
         if is_moderation_model(model[:200]):
-            raise Failure(Verdict.FAULT, f"a moderation model answered: {model[:200]}")
+            raise Failure(Verdict.FAULT, f"a moderation model answered: {model}")
 
 
 def our_choice(said: Json) -> Json:
@@ -2200,7 +2219,8 @@ def secret_pattern(secret: str) -> Pattern[str]:
     """Finds a secret in any case, also URL-encoded, or broken by blanks."""
     gap = "[\\s\u00ad\u200b-\u200f\u2060\ufeff]{0,4}"
     spellings = []
-    for spelling in {secret, quote(secret), quote(secret, safe="")}:
+    encoded = quote(secret, safe="")
+    for spelling in {secret, quote(secret), encoded, quote(encoded)}:
         spellings.append(gap.join(re.escape(char) for char in spelling))
     return re.compile("|".join(spellings), re.IGNORECASE)
 
@@ -2574,9 +2594,9 @@ class Transport:
                 draft.headers = reply.headers
                 draft.request_id = self._request_id(reply, key)
                 if not reply.is_success:
-                    raise self._judged(reply, reply.error())
+                    raise self._judged(reply, reply.error(), key)
                 for event in reply.events(draft):
-                    text = self._take(event, draft, reply)
+                    text = self._take(event, draft, reply, key)
                     if text == "" or (text and not is_blank(text)):
                         settled = draft.phase is Phase.SETTLED
                         limit.progress(USAGE_GRACE if settled else math.inf)
@@ -2593,10 +2613,10 @@ class Transport:
             reply = self._open("GET", row, path, key, None, limit)
             with contextlib.closing(reply):
                 if reply.status != 200:
-                    raise self._judged(reply, reply.error())
+                    raise self._judged(reply, reply.error(), key)
                 body = parsed(b"".join(reply.pieces(MAX_LIST)))
                 if not isinstance(body, dict):
-                    raise self._judged(reply, body)
+                    raise self._judged(reply, body, key)
                 return body
 
     def safe(self, text: str, key: str) -> str:
@@ -2615,19 +2635,21 @@ class Transport:
             failure.advice = self.safe(failure.advice, key)
             raise
 
-    def _judged(self, reply: Reply, body: object) -> Failure:
+    def _judged(self, reply: Reply, body: object, key: str) -> Failure:
         """What a reply without an answer means."""
-        failure = judge(reply.status, reply.headers, body, self._wall_clock())
+        headers = dict(reply.headers)
+        headers["location"] = self.safe(headers.get("location", ""), key)  # a host of it is shown
+        failure = judge(reply.status, headers, body, self._wall_clock())
         if failure.verdict is Verdict.UNSUITABLE and "stream_options" in str(body):
             failure.cause = Cause.OPTIONS
         return failure
 
-    def _take(self, event: Event, draft: Draft, reply: Reply) -> Optional[str]:
+    def _take(self, event: Event, draft: Draft, reply: Reply, key: str) -> Optional[str]:
         """The text of an event, None if it is no progress. Raises Failure for an error."""
         try:
             return draft.take(event)
         except ErrorInside as error:
-            raise self._judged(reply, error.body) from None
+            raise self._judged(reply, error.body, key) from None
 
     def _request_id(self, reply: Reply, key: str) -> str:
         """What the provider calls this request, "" if it does not say."""
@@ -3118,16 +3140,16 @@ class Health:
         """No turn of this line is being asked any more, whatever came of it."""
         for turn in line:
             if turn.has_slot:
-                turn.has_slot = False
                 self._news.append(functools.partial(self._end, turn))
+                turn.has_slot = False
 
     def granted(self, turn: Turn) -> None:
         """A request was not refused: its answer begins, or it failed for another reason."""
         with self._lock:
             now = self._catch_up()
-            turn.is_granted = True
             for lane in turn.paced_lanes:
                 lane.granted(turn.begun, now)
+            turn.is_granted = True
 
     def closed(self, turn: Turn) -> None:
         """Note that the caller has read enough of an answer."""
@@ -3271,7 +3293,8 @@ class Health:
             self._is_catching_up = True
             try:
                 while self._news:
-                    self._news.popleft()()
+                    self._news[0]()
+                    self._news.popleft()
             finally:
                 self._is_catching_up = False
         return self._clock()
@@ -3534,8 +3557,7 @@ class Roster:
         lines.append("   " + ", ".join(row.key_env or row.name for row in rows))
         lines.extend(problems)
         unfinished = [row for row in rows if self._found[row.name][0]]
-        recommended = [row for row in rows if row.key_note]
-        best = [*unfinished, *recommended, *rows][0]
+        best = min(rows, key=lambda row: (row not in unfinished, not row.key_note))
         if best.key_env:
             note = f" ({best.name}: {best.key_note})" if best.key_note else ""
             lines.append(
@@ -4015,18 +4037,25 @@ def work_through(
     """The results of the function, in the order of the items, from so many threads.
 
     The items are read only as far as needed: `ahead` for each worker. An exception raised by the
-    function is re-raised immediately.
+    function is re-raised immediately; one raised by the items, after the results so far.
     """
     pool = Workers(function, workers)
-    numbered = enumerate(items)
+    numbered: Iterator[Tuple[int, Item]] = enumerate(items)
     results: Dict[int, Result] = {}
+    problem: Optional[Exception] = None  # of the items
     submitted = 0
     given = 0
     try:
         while True:
-            for number, item in itertools.islice(numbered, given + ahead * workers - submitted):
-                pool.submit(number, item)
-                submitted += 1
+            try:
+                for number, item in itertools.islice(numbered, given + ahead * workers - submitted):
+                    pool.submit(number, item)
+                    submitted += 1
+            except Exception as error:  # noqa: BLE001 - it is raised after the results
+                problem = error
+                numbered = iter(())
+            if given == submitted and problem is not None:
+                raise problem
             if given == submitted:
                 return
             while given not in results:
@@ -4046,7 +4075,12 @@ def rejection(accept: Optional[Accept], text: str) -> Optional[Failure]:
         if accept(text):
             return None
         reason = "the answer was not accepted"
-    except (ValueError, LookupError, TypeError) as error:  # as json.loads(text)["x"] raises them
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        StopIteration,
+    ) as error:  # as json.loads(text)["x"] raises them
         reason = f"the answer was not accepted: {error}"
     return Failure(Verdict.REJECTED, one_line(reason)[:MAX_LINE])
 
@@ -4451,8 +4485,11 @@ class Stream(Iterator[str]):
     def __init__(self, pieces: Generator[str, None, Answer]) -> None:
         self.answer: Optional[Answer] = None  # once all pieces were read
         self._pieces = pieces
+        self._is_closed = False
 
     def __next__(self) -> str:
+        if self._is_closed:
+            self._pieces.close()
         try:
             return next(self._pieces)
         except StopIteration as end:
@@ -4468,7 +4505,9 @@ class Stream(Iterator[str]):
 
     def close(self) -> None:
         """End the request, if it is still under way."""
-        self._pieces.close()
+        self._is_closed = True
+        with contextlib.suppress(ValueError):  # another thread is reading: it closes at its next
+            self._pieces.close()
 
 
 class FallbackLLM:
