@@ -179,6 +179,14 @@ def check_number(name: str, value: object) -> float:
     return cast(float, value)
 
 
+def nearest(word: str, known: Iterable[str], likeness: float = 0.7) -> str:
+    """The known word that a misspelt one is like, "" if none is."""
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), 1, likeness)
+    return near[0] if near else ""
+
+
 def number_of(value: float) -> str:
     """The number as a person would write it: 2 rather than 2.0."""
     return f"{value:g}"
@@ -1879,7 +1887,8 @@ class Draft:
         """An event that is no JSON object may have held a word of the answer."""
         is_empty_body = event.is_plain and not event.data
         if self.phase is not Phase.SETTLED and not is_empty_body:
-            raise ErrorInside({"error": f"no answer in the reply: {read_error(said).message}"})
+            words = read_error(said).message
+            raise Failure(Verdict.FAULT, f"no answer in the reply: {words}")
 
     def end(self) -> str:
         """The text that was held back until now. Raises Failure if this is no whole answer."""
@@ -1888,7 +1897,7 @@ class Draft:
         if not self.is_live:
             # A thought whose beginning is missing: what stood before its end is not the answer.
             before, tag, after = self.text.partition("</think>")
-            if tag and "<think>" not in before:
+            if tag and "<think>" not in before and not self._thinking.has_thought:
                 self._has_reasoning = True
                 self.texts = [after.lstrip()]
         failure = self._failure()
@@ -2028,6 +2037,7 @@ class Draft:
                     found = True
             if isinstance(message.get("refusal"), str):
                 self._refusals.append(message["refusal"])
+                self._size += len(message["refusal"])
         self._has_reasoning = self._has_reasoning or found
         return found
 
@@ -2199,7 +2209,7 @@ def safe_line(text: str, secrets: Iterable[str]) -> str:
 
     A secret is found before anything is cut: nothing would recognize half of one.
     """
-    line = one_line(text)
+    line = one_line(clipped(text))
     line = "".join(char if char.isprintable() else " " for char in line)
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= 4:
@@ -3634,14 +3644,6 @@ class Roster:
         return nearest(candidate.model, listed)
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The known word that a misspelt one is like, "" if none is."""
-    import difflib
-
-    near = difflib.get_close_matches(word, known, 1, 0.7)
-    return near[0] if near else ""
-
-
 LONGEST_HOLD = 5.0  # seconds
 LOOK_LATER = 0.01  # seconds for each refusal: others probe first
 MIN_SHARE = 0.1  # seconds; an attempt that gets less is not worth a request
@@ -4813,8 +4815,6 @@ class FallbackLLM:
 # --- 9. Batch: many questions from a file to a file ---------------------------------------------
 
 BATCH_AHEAD = 100  # questions that each worker may be ahead of a slow one
-PROGRESS_PAUSE = 10.0  # seconds between two lines of progress outside a terminal
-REDRAW_PAUSE = 0.5  # seconds between two of a terminal
 COMMON_REASONS = 3  # reasons of failed questions that are told at the end
 MOST_BAD_LINES = 10  # that are told of
 RECORD_START = b'{"id":'
@@ -4825,7 +4825,6 @@ QUESTION_ID: contextvars.ContextVar[str] = contextvars.ContextVar("QUESTION_ID",
 NEVER_COLUMNS = ("stream", "n", "tools", "api_key", "max_attempts", "idle_timeout")
 
 LineId = Union[str, int]
-Digests = Tuple[Optional[str], Optional[str]]  # of the line and of the flags; None: not told
 
 
 class Line(NamedTuple):
@@ -4834,37 +4833,27 @@ class Line(NamedTuple):
     number: int  # in the file
     id: LineId
     arguments: Json  # of `complete`
-    fields: Json  # other columns, which come back with the answer
-    digest: str  # identifies what the line says, but for its id
+    heading: Json  # of its record: id, question or messages, fields, line_digest
 
 
 @dataclasses.dataclass
-class BatchJob:
-    """What a batch has to do, and where to tell of it."""
-
-    questions: str  # a path; "-" is stdin
-    output: Optional[str]  # a path; None: the answers go to `put`
-    arguments: Json  # of `complete`, for lines that do not give their own
-    expects_json: bool
-    workers: int
-    is_quiet: bool
-    put: Callable[[Json], None]
-    say: Callable[[str], None]
-    redraw: Optional[Callable[[str], None]]  # replaces the last line of a terminal
-
-
 class Batch:
     """Asks the questions of a file that have no answer yet, and writes each answer as it comes."""
 
-    def __init__(self, llm: FallbackLLM, job: BatchJob) -> None:
-        self._llm = llm
-        self._job = job
-        self._flags = digest_of({**job.arguments, "expect_json": job.expects_json})
-        self._common = dict(job.arguments)
-        if job.expects_json:
-            self._common["accept"] = is_json
-        self._output: Optional[Output] = None
-        self._put = job.put
+    llm: FallbackLLM
+    questions: str  # a path; "-" is stdin
+    output: Optional[str]  # a path; None: the answers go to `put`
+    arguments: Json  # of `complete`, for lines that do not give their own
+    workers: int
+    put: Callable[[Json], None]
+    tell: Callable[[str], None]  # takes a line of progress
+    pause: float  # seconds between two of these lines
+
+    def __post_init__(self) -> None:
+        self._expects_json = "accept" in self.arguments
+        flags = {**self.arguments, "expect_json": self._expects_json}
+        flags.pop("accept", None)
+        self._flags_digest = digest_of(flags)
         self._ended = threading.Event()  # set at the end, whatever is still under way
         self._lock = threading.Lock()  # of all that follows
         self._counts: Dict[str, int] = collections.Counter()  # answers by provider
@@ -4877,94 +4866,105 @@ class Batch:
     def run(self) -> int:
         """Ask them all; 0 if now all have an answer."""
         lines = self._checked_lines()
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._ended.set)
-            if self._job.output is not None:
-                self._output = Output(self._job.output, self._job.questions, self._warn)
-                stack.callback(self._output.close)
-                self._put = self._output.write
-                lines = self._unanswered(lines, self._output)
-                self._output.tidy()
-            self._total = len(lines)
-            if not lines and not self._before:
-                self._warn(f"{self._job.questions} holds no question")
-            try:
-                for _ in work_through(self._ask, lines, self._job.workers, BATCH_AHEAD):
-                    pass
-                if self._output is not None:
-                    self._output.keep_place()
-            except KeyboardInterrupt:
-                self._tell_interruption()
-                raise
+        try:
+            if self.output is None:
+                self._ask_all(lines)
+            else:
+                with contextlib.closing(Output(self.output, self.questions)) as output:
+                    self.put = output.write
+                    left = self._unanswered(lines, output)
+                    output.tidy()
+                    self._ask_all(left)
+                    output.keep_place()
+        except OSError as error:
+            raise OSError(error.errno, f"{reason_of(error)}; {self._written()}") from None
+        except KeyboardInterrupt:
+            self._ended.set()
+            logger.error("\n%s.", self._written())
+            raise
+        finally:
+            self._ended.set()
         return self._tell_end()
 
     def _checked_lines(self) -> List[Line]:
         """The questions, read once and checked. Raises ValueError that tells of all bad lines."""
-        path = self._job.questions
-        text = read_text("--batch", path)
-        self._llm.validate(**{**self._common, "question": "is all else right?"})
-        lines: List[Line] = []
+        text = read_text("--batch", self.questions)
+        self.llm.validate(**{**self.arguments, "question": "is all else right?"})
+        lines: Dict[LineId, Line] = {}
         problems = []
-        seen: Set[LineId] = set()
         # Not splitlines(): it would also split at characters that JSON may hold.
         for number, words in enumerate(text.split("\n"), 1):
             if not words.strip():
                 continue
             try:
                 line = read_line(number, words.strip())
-                if line.id in seen:
+                if line.id in lines:
                     raise ValueError(f"duplicate id {quoted(line.id)}")
-                seen.add(line.id)
-                self._llm.validate(**{**self._common, **line.arguments})
+                lines[line.id] = line
+                self.llm.validate(**{**self.arguments, **line.arguments})
             except (ValueError, TypeError, RecursionError, NoProviderError) as error:
                 problems.append(f"line {number}: {error}")
-            else:
-                lines.append(line)
-        raise_problems(f"--batch {path}", problems)
-        return lines
+        raise_problems(f"--batch {self.questions}", problems)
+        if not lines:
+            logger.warning("⚠️  %s holds no question", self.questions)
+        return list(lines.values())
 
     def _unanswered(self, lines: Sequence[Line], output: Output) -> List[Line]:
         """The lines that the output has no answer to. Raises ValueError if a line was changed."""
-        answers = output.answers()
-        self._before = len(answers)
+        digests: Dict[LineId, Optional[str]] = {}
+        others = 0
+        for _, record in output.answers():
+            digests[record["id"]] = record.get("line_digest")
+            if record.get("flags_digest", self._flags_digest) != self._flags_digest:
+                others += 1
+        self._before = len(digests)
+
         problems = []
         left = []
         for line in lines:
-            if line.id not in answers:
+            if line.id not in digests:
                 left.append(line)
-            elif answers[line.id][0] not in (None, line.digest):
+            elif digests[line.id] not in (None, line.heading["line_digest"]):
                 problems.append(
                     f"line {line.number}: it differs from the question answered as id {line.id} "
                     f"in {output.path}; use another -o, or give ids"
                 )
-        raise_problems(f"--batch {self._job.questions}", problems)
+        raise_problems(f"--batch {self.questions}", problems)
 
-        flags = [digest for _, digest in answers.values()]
-        others = len(flags) - flags.count(self._flags) - flags.count(None)
         if others:
-            self._warn(
-                f"{others} answers in {output.path} were given with other flags "
-                "(such as -m or -s) and are kept; use another -o to ask again"
+            logger.warning(
+                "⚠️  %s in %s were given with other flags (such as -m or -s) and are kept; "
+                "use another -o to ask again",
+                count_of(others, "answer"),
+                output.path,
             )
         return left
+
+    def _ask_all(self, lines: Sequence[Line]) -> None:
+        """Ask these questions."""
+        self._total = len(lines)
+        for _ in work_through(self._ask, lines, self.workers, BATCH_AHEAD):
+            pass
 
     def _ask(self, line: Line) -> None:
         """Ask a question and write its line. Runs in many threads."""
         if self._ended.is_set():
             return
         QUESTION_ID.set(str(line.id))
-        result: Union[Answer, FallbackLLMError, ValueError]
+        result: Union[Answer, Exception]
         try:
-            result = self._llm.complete(**{**self._common, **line.arguments})
+            result = self.llm.complete(**{**self.arguments, **line.arguments})
         except (FallbackLLMError, ValueError) as error:
             result = error
-        record = report_of(result, self._job.expects_json, **self._heading(line))
+        QUESTION_ID.set("")
+        heading = {**line.heading, "flags_digest": self._flags_digest}
+        record = report_of(result, self._expects_json, heading)
 
         with self._lock:
             if self._ended.is_set():
                 return
             try:
-                self._put(record)
+                self.put(record)
             except BaseException:
                 self._ended.set()  # do not pay for answers that cannot be saved
                 raise
@@ -4974,32 +4974,10 @@ class Batch:
                 self._reasons[short_reason(result)] += 1
             self._tell_progress()
 
-    def _heading(self, line: Line) -> Json:
-        """What a record says of its question."""
-        heading: Json = {"id": line.id}
-        for name in ("question", "messages"):
-            if name in line.arguments:
-                heading[name] = line.arguments[name]
-        if line.fields:
-            heading["fields"] = line.fields
-        heading["line_digest"] = line.digest
-        heading["flags_digest"] = self._flags
-        return heading
-
-    def _warn(self, text: str) -> None:
-        """Say what may be a mistake."""
-        if not self._job.is_quiet:
-            self._job.say(f"⚠️  {text}")
-
     def _tell_progress(self) -> None:
         """Done, failed, speed, time left, who answers, who is rate-limited."""
         now = time.monotonic()
-        pause = PROGRESS_PAUSE
-        tell = self._job.say
-        if self._job.redraw is not None:
-            pause = REDRAW_PAUSE
-            tell = self._job.redraw
-        if self._job.is_quiet or now - self._told_at < pause:
+        if now - self._told_at < self.pause:
             return
         self._told_at = now
 
@@ -5009,38 +4987,37 @@ class Batch:
         left = duration_words((self._total - done) / done * passed)
         speed = f"{done / passed:.1f}/s"
         parts = [f"{done}/{self._total} done, {failed} failed, {speed}, {left} left"]
-        if self._counts:
-            counts = sorted(self._counts.items())
-            parts.append(", ".join(f"{name} {count}" for name, count in counts))
-        for name, health in self._llm.provider_health.items():
+        for name, count in sorted(self._counts.items()):
+            parts.append(f"{name} {count}")
+        for name, health in self.llm.provider_health.items():
             if health.status is ProviderStatus.RATE_LIMITED:
                 seconds = max(0.0, health.rate_limit_reset_time - time.time())
                 parts.append(f"{name} rate-limited for {duration_words(seconds)}")
-        tell("; ".join(parts))
+        self.tell("; ".join(parts))
 
     def _tell_end(self) -> int:
         """The sum; the exit code."""
         failed = sum(self._reasons.values())
-        if failed or not self._job.is_quiet:
-            words = f"{sum(self._counts.values())} answered, {failed} failed"
-            if self._before:
-                words += f", {self._before} answered before"
-            self._job.say(words)
-        reasons = sorted(self._reasons.items(), key=lambda pair: -pair[1])
-        for reason, count in reasons[:COMMON_REASONS]:
-            self._job.say(f"   {count} x {reason}")
-        if failed and self._output is not None:
-            self._job.say("   Run the same command again to ask the failed ones again.")
-        return 1 if failed else 0
+        words = f"{sum(self._counts.values())} answered, {failed} failed"
+        if self._before:
+            words += f", {self._before} answered before"
+        if not failed:
+            logger.info(words)
+            return 0
 
-    def _tell_interruption(self) -> None:
-        """Say how many answers there are, and how to resume."""
-        self._ended.set()
-        if self._output is None:
-            count = sum(self._counts.values())
-            self._job.say(f"\n{answers_are(count)} written to stdout.")
-        else:
-            self._job.say(f"\n{self._output.saved_words()}.")
+        reasons = sorted(self._reasons.items(), key=lambda pair: -pair[1])
+        told = [f"{count} x {reason}" for reason, count in reasons[:COMMON_REASONS]]
+        if self.output is not None:
+            told.append("Run the same command again to ask the failed ones again.")
+        logger.error("\n   ".join([words, *told]))
+        return 1
+
+    def _written(self) -> str:
+        """How many answers there are, and how to get the others."""
+        count = count_of(self._before + sum(self._counts.values()), "answer")
+        if self.output is None:
+            return f"{count} written to stdout"
+        return f"{count} written to {self.output}; run the same command again to resume"
 
 
 class Output:
@@ -5049,11 +5026,8 @@ class Output:
     That it is removed or replaced meanwhile is noticed at the next write.
     """
 
-    def __init__(self, path: str, questions: str, warn: Callable[[str], None]) -> None:
+    def __init__(self, path: str, questions: str) -> None:
         self.path = path
-        self._warn = warn
-        self._saved = 0  # answers in it
-        self._is_lockable = True
         if os.path.realpath(questions) == os.path.realpath(path):
             raise self._refusal("these are the questions")
         if os.path.exists(path) and not os.path.isfile(path):
@@ -5062,6 +5036,9 @@ class Output:
             self._file = self._opened()
         except OSError as error:
             raise self._refusal(reason_of(error)) from None
+        if self._lock_problem is not None:  # some network drives have no locks
+            reason = reason_of(self._lock_problem)
+            logger.warning("⚠️  %s cannot be locked (%s): do not start a second run", path, reason)
         self._size = os.fstat(self._file.fileno()).st_size  # at least, if nobody else writes
 
     def close(self) -> None:
@@ -5069,109 +5046,7 @@ class Output:
         with contextlib.suppress(OSError):  # what could not be written was told
             self._file.close()
 
-    def answers(self) -> Dict[LineId, Digests]:
-        """The digests of what earlier runs have answered. Raises ValueError for another file."""
-        found: Dict[LineId, Digests] = {}
-        for _, record in self._answer_lines():
-            found[record["id"]] = (record.get("line_digest"), record.get("flags_digest"))
-        self._saved = len(found)
-        return found
-
-    def tidy(self) -> None:
-        """Take out failed, torn and repeated lines; an output without any is left as it is."""
-        size = sum(len(line) for line, _ in self._answer_lines())
-        if size == self._size:
-            return
-
-        import tempfile
-
-        path = os.path.realpath(self.path)
-        try:
-            descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".answers-")
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.writelines(line for line, _ in self._answer_lines())
-                with contextlib.suppress(OSError):  # some network drives have no modes
-                    os.chmod(temporary, os.stat(path).st_mode & 0o777)
-                self._file.close()  # Windows replaces no open file
-                os.replace(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-            self._file = self._opened()
-        except OSError as error:
-            raise self._trouble(error) from None
-        self._size = size
-
-    def write(self, record: Json) -> None:
-        """Add a record. Raises OSError that says what is saved, and how to resume."""
-        data = json_line(record).encode()
-        self.keep_place()
-        try:
-            self._file.write(data)
-            self._file.flush()
-        except OSError as error:
-            raise self._trouble(error) from None
-        self._size += len(data)
-        if record["error"] is None:
-            self._saved += 1
-
-    def keep_place(self) -> None:
-        """See to it that all that was written is in the file of this name. Raises OSError."""
-        here = os.fstat(self._file.fileno())
-        reason = ""
-        try:
-            if not os.path.exists(self.path):
-                self._write_again()
-            elif not os.path.samestat(here, os.stat(self.path)):
-                reason = "was replaced by another file"
-            elif here.st_size < self._size:
-                reason = "was cut by another program"
-        except (OSError, ValueError) as error:
-            reason = f"was removed, and cannot be written again ({reason_of(error)})"
-        if reason:
-            count = answers_are(self._saved)
-            advice = "run the same command again to ask what it lacks"
-            raise OSError(f"{self.path} {reason}: {count} perhaps lost; {advice}")
-
-    def _write_again(self) -> None:
-        """Make the file anew, with all that was in it: a removed file can be read while open."""
-        with self._file as removed:
-            self._file = self._opened()
-            removed.seek(0)
-            self._file.writelines(removed)
-            self._file.flush()
-        self._warn(f"{self.path} was removed during the batch, and is written again")
-
-    def _opened(self) -> IO[bytes]:
-        """The file, locked, to be read and added to. Raises ValueError if another run has it."""
-        file = open(self.path, "ab+")  # noqa: SIM115 - close() closes it
-        try:
-            self._lock(file)
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
-                raise BlockingIOError
-        except BlockingIOError:
-            file.close()
-            raise self._refusal("another run is writing to it") from None
-        return file
-
-    def _lock(self, file: IO[bytes]) -> None:
-        """Take the file for this process alone. Raises BlockingIOError if another run has it."""
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has none
-            pass
-        except BlockingIOError:
-            raise
-        except OSError as error:  # some network drives have no locks
-            if self._is_lockable:
-                reason = reason_of(error)
-                self._warn(f"{self.path} cannot be locked ({reason}): do not start a second run")
-            self._is_lockable = False
-
-    def _answer_lines(self) -> Iterator[Tuple[bytes, Json]]:
+    def answers(self) -> Iterator[Tuple[bytes, Json]]:
         """The lines that hold an answer, as they should be; the first for each id."""
         seen: Set[LineId] = set()
         self._file.seek(0)
@@ -5187,25 +5062,87 @@ class Output:
                 seen.add(record["id"])
                 yield line + b"\n", record
 
+    def tidy(self) -> None:
+        """Take out failed, torn and repeated lines; an output without any is left as it is."""
+        size = sum(len(line) for line, _ in self.answers())
+        if size == self._size:
+            return
+
+        import tempfile
+
+        path = os.path.realpath(self.path)
+        descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".answers-")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.writelines(line for line, _ in self.answers())
+            with contextlib.suppress(OSError):  # some network drives have no modes
+                os.chmod(temporary, os.stat(path).st_mode & 0o777)
+            self._file.close()  # Windows replaces no open file
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        self._file = self._opened()
+        self._size = size
+
+    def write(self, record: Json) -> None:
+        """Add a record. Raises OSError."""
+        data = json_line(record).encode()
+        self.keep_place()
+        self._file.write(data)
+        self._file.flush()
+        self._size += len(data)
+
+    def keep_place(self) -> None:
+        """See to it that all that was written is in the file of this name. Raises OSError."""
+        here = os.fstat(self._file.fileno())
+        if not os.path.exists(self.path):
+            self._write_again()
+        elif not os.path.samestat(here, os.stat(self.path)):
+            raise OSError(f"{self.path} was replaced by another file, which may lack answers")
+        elif here.st_size < self._size:
+            raise OSError(f"{self.path} was cut by another program: answers are lost")
+
+    def _write_again(self) -> None:
+        """Make the file anew, with all that was in it: a removed file can be read while open."""
+        words = f"{self.path} was removed during the batch, and"
+        try:
+            with self._file as removed:
+                self._file = self._opened()
+                removed.seek(0)
+                self._file.writelines(removed)
+                self._file.flush()
+        except (OSError, ValueError) as error:
+            raise OSError(f"{words} cannot be written again: {reason_of(error)}") from None
+        logger.warning("⚠️  %s is written again", words)
+
+    def _opened(self) -> IO[bytes]:
+        """The file, locked, to be read and added to. Raises ValueError if another run has it."""
+        file = open(self.path, "ab+")  # noqa: SIM115 - close() closes it
+        problem = lock(file)
+        here = os.fstat(file.fileno())
+        if isinstance(problem, BlockingIOError) or not os.path.samestat(here, os.stat(self.path)):
+            file.close()
+            raise self._refusal("another run is writing to it")
+        self._lock_problem = problem
+        return file
+
     def _refusal(self, reason: str) -> ValueError:
         """The error of an output that cannot be used."""
-        return ValueError(f"--output {self.path}: {reason}")
-
-    def _trouble(self, error: OSError) -> OSError:
-        """The error of an output that takes nothing more."""
-        return OSError(error.errno, f"{self.path}: {reason_of(error)}; {self.saved_words()}")
-
-    def saved_words(self) -> str:
-        """How many answers there are, and how to get the others."""
-        words = f"{answers_are(self._saved)} saved in {self.path}"
-        return f"{words}; run the same command again to resume"
+        return ValueError(f"--output {self.path or repr(self.path)}: {reason}")
 
 
-def answers_are(count: int) -> str:
-    """The beginning of a sentence about so many answers."""
-    if count == 1:
-        return "1 answer is"
-    return f"{count} answers are"
+def lock(file: IO[bytes]) -> Optional[OSError]:
+    """Take a file for this process alone; what prevents that, if something does."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has none
+        return None
+    except OSError as error:
+        return error
+    return None
 
 
 def reason_of(error: Exception) -> str:
@@ -5224,8 +5161,8 @@ def raise_problems(what: str, problems: Sequence[str]) -> None:
         raise ValueError("\n   ".join(told))
 
 
-def read_text(flag: str, path: str, is_lenient: bool = False) -> str:
-    """The text of a file, of stdin for "-"; a lenient reader drops NULs. Raises ValueError."""
+def read_text(flag: str, path: str) -> str:
+    """The text of a file; of stdin for "-", without NULs. Raises ValueError."""
     is_stdin = path == "-"
     try:
         with open(0 if is_stdin else path, "rb", closefd=not is_stdin) as file:
@@ -5233,11 +5170,11 @@ def read_text(flag: str, path: str, is_lenient: bool = False) -> str:
         try:
             return decoded(data)
         except ValueError:
-            if not is_lenient:
+            if not is_stdin:
                 raise
             return decoded(data.replace(b"\0", b""))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {path}: {reason_of(error)}") from None
+        raise ValueError(f"{flag} {path or repr(path)}: {reason_of(error)}") from None
 
 
 def read_line(number: int, text: str) -> Line:
@@ -5249,16 +5186,19 @@ def read_line(number: int, text: str) -> Line:
         line_id = said["custom_id"]
         columns = said["body"]
 
-    digest = digest_of(columns)
+    heading: Json = {"id": id_of(line_id, number)}
     arguments = {name: value for name, value in columns.items() if value is not None}
-    if "question" not in arguments and "messages" not in arguments:
+    for name in ("question", "messages"):
+        if name in arguments:
+            heading[name] = arguments[name]
+    if len(heading) == 1:
         names = ", ".join(repr(name) for name in arguments) or "no other field"
         raise ValueError(f'a "question" or "messages" is missing (there is {names})')
-    fields = {}
-    if columns is said:
-        others = [name for name in arguments if not is_argument(name, arguments)]
-        fields = {name: arguments.pop(name) for name in others}
-    return Line(number, id_of(line_id, number), arguments, fields, digest)
+    others = [name for name in arguments if not is_argument(name, arguments)]
+    if others:
+        heading["fields"] = {name: arguments.pop(name) for name in others}
+    heading["line_digest"] = digest_of(columns)
+    return Line(number, heading["id"], arguments, heading)
 
 
 def said_in(text: str) -> Json:
@@ -5284,15 +5224,11 @@ def id_of(value: object, number: int) -> LineId:
 
 def is_argument(name: str, given: Json) -> bool:
     """Whether a column is one of `complete`'s arguments, or may be a misspelt one."""
-    import difflib
-    import inspect
-
     if name in PARAMETERS or name in NEVER_COLUMNS:
         return True
-    arguments = inspect.signature(FallbackLLM.complete).parameters
-    near = difflib.get_close_matches(name, [*arguments, "temperature"], 1, 0.8)
-    if near and near[0] not in given:
-        raise ValueError(f"unknown field {name!r}: did you mean {near[0]!r}?")
+    near = nearest(name, [*ARGUMENTS, "temperature"], 0.8)
+    if near and near not in given:
+        raise ValueError(f"unknown field {name!r}: did you mean {near!r}?")
     return False
 
 
@@ -5313,21 +5249,21 @@ def short_reason(error: Exception) -> str:
     return str(error).split("\n")[0][:100]
 
 
-def report_of(
-    result: Union[Answer, FallbackLLMError, ValueError], expects_json: bool, **first: Any
-) -> Json:
+def report_of(result: Union[Answer, Exception], expects_json: bool, heading: Json) -> Json:
     """What a batch and --json tell of a question."""
-    report: Json = dict(first, answer=None, error=None)
-    if isinstance(result, Answer):
-        report["answer"] = json_inside(result.text) if expects_json else result.text
-    else:
+    report: Json = {**heading, "answer": None, "error": None}
+    if not isinstance(result, Answer):
         report["error"] = str(result)
+    elif expects_json:
+        report["answer"] = json_inside(result.text)
+    else:
+        report["answer"] = result.text
     for name in ("provider", "model", "finish_reason", "usage", "retry_after"):
         report[name] = getattr(result, name, None) or None
 
-    trail = [attempt.to_dict() for attempt in getattr(result, "attempts", ())]
-    report["attempts"] = trail
-    elapsed = sum(attempt["waited"] + attempt["elapsed"] for attempt in trail)
+    attempts: Sequence[Attempt] = getattr(result, "attempts", ())
+    report["attempts"] = [attempt.to_dict() for attempt in attempts]
+    elapsed = sum(attempt.waited + attempt.elapsed for attempt in attempts)
     report["elapsed_seconds"] = round(elapsed, 3)
     return report
 
@@ -5370,8 +5306,10 @@ CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 PLAIN_WORDS = (("❌ Error", "Error"), ("❌ ", "Error: "), ("⚠️  ", "Warning: "), ("→", "->"))
 EMOJI = re.compile("[🚀✅❓🤔⏳🔄🎯💡⏱📊🔑🔎✂]\ufe0f? +")
 PUT_SIZE = 4096  # characters; one big write to a pipe may not notice that its reader has gone
-ERASE_LINE = "\r\x1b[K"
-ERASE_BELOW = "\x1b[J"
+ERASE = "\r\x1b[J"  # the line, and what of it a narrower terminal has wrapped
+PATIENCE = 2.0  # seconds until somebody is told that a pipe is waited for
+PROGRESS_PAUSE = 10.0  # seconds between two lines of progress outside a terminal
+REDRAW_PAUSE = 0.5  # seconds between two of a terminal
 WIDEST = 80  # columns of the help and of tables
 OPTIONS_VARIABLE = "FALLBACK_LLM_OPTS"
 # The names of parameters in messages; some are plain words unless a message begins with them.
@@ -5379,6 +5317,9 @@ PARAMETER_NAMES = re.compile(
     r"(?<![-\w])(max_tokens|max_attempts|(idle_)?timeout|(max|base)_delay|list_models)\b"
     r"|(^|(?<=without ))(provider|model|system|temperature)\b|\bmodel="
 )
+SILENCE = logging.NullHandler()  # for questions of a batch that go on when it has ended
+# Of a message: its first line, and the advice at the end of others; the rest may be a server's.
+OUR_WORDS = re.compile(r"\A.*| → [^→\n]*$", re.MULTILINE)
 ENDINGS = """\
 keys: CEREBRAS_API_KEY, GROQ_API_KEY or OPENROUTER_API_KEY; one is enough. They \
 are read from the environment and from .env files: in the current folder, beside \
@@ -5393,24 +5334,51 @@ usage (nothing sent), 130 interrupted, 141 broken pipe
 https://github.com/example/fallback-llm"""
 
 
-class Console:
-    """stdout for the answer, stderr for everything else.
+class Console(logging.Handler):
+    """stdout for the answer, stderr for everything else, such as what the module logs.
 
     Nothing breaks over an encoding, or over a stderr that is closed or full.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         is_dumb = os.environ.get("TERM") == "dumb"
         can_erase = os.name != "nt" or "WT_SESSION" in os.environ  # not in an old console
         self.can_redraw = is_terminal(sys.stderr) and can_erase and not is_dumb
-        self._is_plain = bool(os.environ.get("NO_COLOR")) or is_dumb
-        self._is_plain = self._is_plain or not can_encode(sys.stderr, "🔄")
+        has_no_emoji = not can_encode(sys.stderr, "🔄")
+        self._is_plain = is_dumb or has_no_emoji or bool(os.environ.get("NO_COLOR"))
         self._is_shared = is_terminal(sys.stderr) and is_terminal(sys.stdout)
         self._has_open_line = False  # the answer's last line has no newline yet
-        self._drawn_width = 0  # of the terminal when a line was drawn that is to be replaced
+        self._is_drawn = False  # the last line of the terminal is to be replaced
+        self._lowest = logging.CRITICAL  # level that is shown
+        self._max_tokens = 0
+
+    def obey(self, args: argparse.Namespace) -> None:
+        """Show what the flags want to see."""
+        self._max_tokens = args.max_tokens
+        self._lowest = logging.INFO
+        if args.quiet:
+            self._lowest = logging.ERROR
+            self.can_redraw = False
+        if args.verbose:
+            self._lowest = logging.DEBUG
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a record if it is important enough; of a batch's question only with --verbose."""
+        message = record.getMessage()
+        level = record.levelno
+        if message == ANSWER_CUT:
+            message = message.replace("max_tokens", f"--max-tokens {self._max_tokens}")
+            level = logging.ERROR  # half an answer is told with --quiet, too
+        question_id = QUESTION_ID.get()
+        if question_id:
+            message = "\n".join(f"[{question_id}] {line}" for line in message.split("\n"))
+            level = logging.DEBUG
+        if level >= self._lowest:
+            self.say(message)
 
     def say(self, text: str) -> None:
         """Write a message to stderr, if there is one."""
@@ -5420,36 +5388,33 @@ class Console:
             for sign, words in PLAIN_WORDS:
                 text = text.replace(sign, words)
             text = EMOJI.sub("", text)
-        start = ERASE_LINE if self._drawn_width else ""
-        self._drawn_width = 0
-        self._write(start + text.translate(CONTROLS) + "\n")
+        self._write(text.translate(CONTROLS) + "\n")
 
     def redraw(self, text: str) -> None:
         """Replace the last line of a terminal, for as long as the next message."""
         if not self.can_redraw:
             return
-        try:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
-        except (OSError, ValueError, AttributeError):
-            width = WIDEST
-        # A terminal that became narrower has wrapped the line.
-        start = ERASE_LINE if width >= self._drawn_width else ERASE_LINE + ERASE_BELOW
-        self._write(start + text.translate(CONTROLS)[: width - 1] + "\r")
-        self._drawn_width = width
+        width = os.get_terminal_size(sys.stderr.fileno()).columns or WIDEST
+        self._write(text.translate(CONTROLS)[: width - 1] + "\r")
+        self._is_drawn = True
 
     def _write(self, text: str) -> None:
-        """Write to stderr; give it up if that fails."""
+        """Write to stderr, in place of what is drawn; give it up if that fails."""
+        if self._is_drawn:
+            text = ERASE + text
+        self._is_drawn = False
         try:
             sys.stderr.write(text)
             sys.stderr.flush()
         except (OSError, ValueError, AttributeError):  # it is full, closed or None
             sys.stderr = cast(Any, None)
+            self.can_redraw = False
 
     def put(self, text: str) -> None:
         """Write a piece of the answer to stdout."""
-        if self._drawn_width and self._is_shared:
-            self._write(ERASE_LINE)
-            self._drawn_width = 0
+        text = text.translate(CONTROLS)
+        if self._is_drawn and self._is_shared:
+            self._write("")
         for start in range(0, len(text), PUT_SIZE):
             sys.stdout.write(text[start : start + PUT_SIZE])
             sys.stdout.flush()
@@ -5470,20 +5435,20 @@ class Console:
 
     def sleep(self, seconds: float) -> None:
         """Wait, and show on a terminal how long is left."""
-        until = time.monotonic() + seconds
-        if self.can_redraw and seconds >= 2:
-            while until - time.monotonic() > 1:
-                self.redraw(f"   {math.ceil(until - time.monotonic())} s left")
-                time.sleep(1)
+        whole = int(seconds) if self.can_redraw else 0
+        for passed in range(whole):
+            self.redraw(f"   {math.ceil(seconds - passed)} s left")
+            time.sleep(1)
+        if whole:
             self.redraw("")
-        time.sleep(max(0.0, until - time.monotonic()))
+        time.sleep(seconds - whole)
 
 
 def is_terminal(stream: Optional[IO[str]]) -> bool:
     """Whether the stream is there and leads to a terminal."""
     try:
-        return stream is not None and stream.isatty()
-    except ValueError:  # it is closed
+        return stream is not None and os.isatty(stream.fileno())
+    except (OSError, ValueError):  # it is closed, or no file
         return False
 
 
@@ -5496,46 +5461,8 @@ def can_encode(stream: Optional[IO[str]], text: str) -> bool:
     return True
 
 
-class ConsoleHandler(logging.Handler):
-    """Shows what the module logs, in a batch with the id of the question."""
-
-    def __init__(self, console: Console, args: argparse.Namespace) -> None:
-        is_batch = args.batch is not None
-        level = logging.INFO
-        if args.quiet or is_batch:
-            level = logging.ERROR
-        if args.verbose:
-            level = logging.DEBUG
-        super().__init__()
-        self._console = console
-        self._max_tokens = args.max_tokens
-        self._shown_level = level
-        self._shows_cuts = not is_batch
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show a record that is important enough for the flags."""
-        message = record.getMessage()
-        is_cut = message == ANSWER_CUT and self._shows_cuts
-        if is_cut:
-            message = message.replace("max_tokens", f"--max-tokens {self._max_tokens}")
-        if not is_cut and record.levelno < self._shown_level:
-            return
-        question_id = QUESTION_ID.get()
-        if question_id:
-            message = "\n".join(f"[{question_id}] {line}" for line in message.split("\n"))
-        self._console.say(message)
-
-
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """One line per option: "-f, --file PATH". Only Python 3.13 does so by itself."""
-
-    def __init__(self, prog: str) -> None:
-        width = WIDEST
-        if is_terminal(sys.stdout):
-            import shutil
-
-            width = min(width, max(60, shutil.get_terminal_size().columns))
-        super().__init__(prog, max_help_position=26, width=width)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:  # each line is a paragraph
         import textwrap
@@ -5560,126 +5487,99 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
-        """Suggest what may have been meant by an unknown flag."""
-        hint = ""
+        """Say how to write a question that looks like a flag."""
         if message.startswith("unrecognized arguments:"):
-            hint = " (put -- before a question that starts with -)"
-            for word in re.findall(r" (-[^\s=]+)", message):
-                near = self.nearest_flag(word)
-                if near:
-                    hint = f" (did you mean {near}?)"
-        raise ValueError(message + hint)
-
-    def nearest_flag(self, word: str) -> str:
-        """The flag that a misspelt one is like, "" if none is."""
-        import difflib
-
-        names = [name for action in self._actions for name in action.option_strings]
-        flags = [name for name in names if name.startswith("--")]
-        near = difflib.get_close_matches(word, flags, 1, 0.75)
-        if len(word) > 2:
-            near = [flag for flag in flags if flag.startswith(word)] or near
-        return near[0] if near else ""
+            message += " (put -- before a question that starts with -)"
+        raise ValueError(message)
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """The options that the words give. Raises ValueError."""
         for word in itertools.takewhile(lambda word: word != "--", words):
-            # argparse would read -model as -m odel.
             name = word.partition("=")[0]
             near = ""
-            if re.fullmatch(r"-[a-z][a-z-]{2,}", name):
-                near = self.nearest_flag(f"-{name}")
-            if near:
+            if re.fullmatch("--?[a-z][a-z-]{2,}", name):
+                near = self.nearest_flag(name)
+            if near not in ("", name):  # argparse would read -model as -m odel
                 raise ValueError(f"unknown flag {name} (did you mean {near}?)")
         # The intermixed parse takes flags anywhere, but it does not know "--".
-        if "--" in words:
-            return self.parse_args(words)
-        return self.parse_intermixed_args(words)
+        parse = self.parse_args if "--" in words else self.parse_intermixed_args
+        args = parse(words)
+        for name in NUMBER_RULES:
+            text = getattr(args, name, None)
+            if text is not None:
+                setattr(args, name, read_number(name, text))
+        check_together(args)
+        return args
 
-
-def number(name: str) -> Callable[[str], float]:
-    """A function that reads the value of a flag."""
-    rule = NUMBER_RULES[name]
-
-    def read(text: str) -> float:
-        try:
-            value: float = rule.kind(text)
-            check_number(name, value)
-        except ValueError:
-            shown = quoted(text)
-            raise argparse.ArgumentTypeError(f"must be {rule.allowed}, not {shown}") from None
-        return value
-
-    return read
-
-
-def path_of(text: str) -> str:
-    """The value of a flag that takes a file."""
-    if not text:
-        raise argparse.ArgumentTypeError("must be the path of a file, not ''")
-    return text
+    def nearest_flag(self, name: str) -> str:
+        """The flag that a name is, begins or is like, "" if there is none."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        meant = "--" + name.lstrip("-")
+        longer = [flag for flag in flags if flag.startswith(meant)]
+        return longer[0] if longer else nearest(meant, flags, 0.75)
 
 
 def make_parser(prog: str) -> Parser:
     """The options, with their help."""
+    import shutil
+
+    width = min(WIDEST, max(60, shutil.get_terminal_size().columns))
     run = prog if prog == "fallback-llm" else f"python {prog}"
-    examples = f"""\
-examples:
+    usage = f"{prog} [options] [--] [question ...]"
+    short_examples = f"""\
   {run} "What is the capital of France?"
   cat error.log | {run} "explain this"
-  {run} --batch questions.txt -o out.jsonl
 """
+    examples = f"examples:\n{short_examples}  {run} --batch questions.txt -o out.jsonl\n"
     parser = Parser(
         prog=prog,
-        usage=f"{prog} [options] [--] [question ...]",
+        usage=usage,
         description="Ask a language model; if it fails, the next one answers.\n"
         "Only the answer goes to stdout.",
         epilog=f"{examples}\n{ENDINGS}",
-        formatter_class=HelpFormatter,
+        formatter_class=functools.partial(HelpFormatter, max_help_position=26, width=width),
         add_help=False,
         allow_abbrev=False,
     )
     parser.color = False  # Python 3.14 would give the help colours
+    parser.set_defaults(usage=f"usage: {usage}\n{short_examples.rstrip()}")
     parser.add_argument("question", nargs="*", help=argparse.SUPPRESS)
     group = parser.add_argument_group("options (a lone - reads the question from stdin)")
     loudness = group.add_mutually_exclusive_group()
     mode = group.add_mutually_exclusive_group()
     add = group.add_argument
 
-    def add_number(flag: str, metavar: str, text: str, default: Optional[int] = None) -> None:
-        read = number(flag[2:].replace("-", "_"))
-        add(flag, metavar=metavar, type=read, default=default, help=text)
+    def switch(group: argparse._ActionsContainer, help: str, *names: str) -> None:
+        group.add_argument(*names, action="store_true", help=help)
 
     text = "prepend a file's contents (repeatable)"
-    add("-f", "--file", metavar="PATH", type=path_of, action="append", help=text)
+    add("-f", "--file", metavar="PATH", action="append", help=text)
     add("-s", "--system", metavar="TEXT", help="system prompt")
     add("--provider", metavar="NAMES", help="providers to use, in order: groq,openrouter")
     add("-m", "--model", metavar="MODEL", help="use only this model; also PROVIDER:MODEL")
     text = "maximum answer length, with reasoning (default: 500)"
-    add_number("--max-tokens", "N", text, default=500)
-    add_number("--temperature", "T", "from 0 to 2 (default: the model's own)")
-    add_number("--timeout", "SECONDS", "time limit for the whole question")
-    add_number("--idle-timeout", "SECONDS", "give up on a model after this much silence")
-    add_number("--max-attempts", "N", "maximum requests to one model (default: 5)")
-    add_number("--base-delay", "SECONDS", "first wait, doubled each time (default: 2.0)")
-    add_number("--max-delay", "SECONDS", "longest single wait (default: 60.0)")
-    text = "do not shorten waits by up to a fifth at random"
-    add("--disable-jitter", action="store_true", help=text)
-    add("--no-wait", action="store_true", help="on a rate limit, try another model at once")
-    mode.add_argument("--stream", action="store_true", help="print the answer as it is written")
-    add("--json", action="store_true", help="print one JSON object, also on failure")
-    add("--expect-json", action="store_true", help="accept only an answer that is JSON")
-    loudness.add_argument("-q", "--quiet", action="store_true", help="only errors on stderr")
-    loudness.add_argument("-v", "--verbose", action="store_true", help="more on stderr")
-    add("--stats", action="store_true", help="usage statistics on stderr")
-    add("--no-stdin", action="store_true", help="do not read from a pipe")
-    mode.add_argument("--check", action="store_true", help="check keys and models; costs no tokens")
-    mode.add_argument("--list-models", action="store_true", help="print PROVIDER<tab>MODEL")
+    add("--max-tokens", metavar="N", default=500, help=text)
+    add("--temperature", metavar="T", help="from 0 to 2 (default: the model's own)")
+    add("--timeout", metavar="SECONDS", help="time limit for the whole question")
+    add("--idle-timeout", metavar="SECONDS", help="give up on a model after this much silence")
+    add("--max-attempts", metavar="N", default=5, help="maximum requests to one model (default: 5)")
+    add("--base-delay", metavar="SECONDS", help="first wait, doubled each time (default: 2.0)")
+    add("--max-delay", metavar="SECONDS", help="longest single wait (default: 60.0)")
+    switch(group, "do not shorten waits by up to a fifth at random", "--disable-jitter")
+    switch(group, "on a rate limit, try another model at once", "--no-wait")
+    switch(mode, "print the answer as it is written", "--stream")
+    switch(group, "print one JSON object, also on failure", "--json")
+    switch(group, "accept only an answer that is JSON", "--expect-json")
+    switch(loudness, "only errors on stderr", "-q", "--quiet")
+    switch(loudness, "more on stderr", "-v", "--verbose")
+    switch(group, "usage statistics on stderr", "--stats")
+    switch(group, "do not read from a pipe", "--no-stdin")
+    switch(mode, "check keys and models; costs no tokens", "--check")
+    switch(mode, "print PROVIDER<tab>MODEL", "--list-models")
     text = "ask each line: text, or JSON with question, id ..."
-    mode.add_argument("--batch", metavar="FILE", type=path_of, help=text)
-    text = "answers of a batch; run again to resume"
-    add("-o", "--output", metavar="FILE", type=path_of, help=text)
-    add_number("--workers", "N", "concurrent requests of a batch (default: 8)")
+    mode.add_argument("--batch", metavar="FILE", help=text)
+    add("-o", "--output", metavar="FILE", help="answers of a batch; run again to resume")
+    add("--workers", metavar="N", help="concurrent requests of a batch (default: 8)")
     version = f"fallback_llm {__version__}"
     add("-V", "--version", action="version", version=version, help="print the version")
     add("-h", "--help", action="help", help="print this help")
@@ -5688,105 +5588,97 @@ examples:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of FALLBACK_LLM_OPTS, then those given. Raises ValueError."""
-    prog = ""
-    if sys.argv:
-        prog = os.path.basename(sys.argv[0])
-    if not re.fullmatch(r"[\w.-]*fallback[\w.-]*", prog):
-        prog = "fallback_llm.py"  # python - < fallback_llm.py
-    parser = make_parser(prog)
+    import shlex
 
-    words: List[str] = []
-    variable = os.environ.get(OPTIONS_VARIABLE, "")
-    if variable:
-        import shlex
-
-        try:
-            words = shlex.split(variable)
-            parser.read(words)
-        except ValueError as error:
-            raise ValueError(f"{OPTIONS_VARIABLE}: {error}") from None
+    name = re.search(r"[\w.-]*fallback[\w.-]*$", "".join(sys.argv[:1]))
+    parser = make_parser(name.group() if name else "fallback_llm.py")  # python - < fallback_llm.py
     try:
+        words = shlex.split(os.environ.get(OPTIONS_VARIABLE, ""))
         args = parser.read([*words, *argv])
-        check_together(args)
     except ValueError as error:
-        check_together(parser.read(argv))
+        parser.read(argv)  # it may be wrong by itself
         raise ValueError(f"{OPTIONS_VARIABLE}: {error}") from None
-    args.usage = short_usage(parser)
     return args
 
 
 def check_together(args: argparse.Namespace) -> None:
     """Raise ValueError for options that do not go together, which argparse does not know."""
-    modes = {"--check": args.check, "--list-models": args.list_models, "--batch": args.batch}
-    for flag, is_given in modes.items():
-        if is_given and (args.question or args.file):
-            raise ValueError(f"{flag} takes no question")
-    for flag, value in (("--output", args.output), ("--workers", args.workers)):
-        if value is not None and args.batch is None:
-            raise ValueError(f"{flag} needs --batch")
-    if args.stream and args.json:
-        raise ValueError("--json is not allowed with --stream: it prints a whole answer")
-    if args.stream and args.expect_json:
-        raise ValueError("--expect-json is not allowed with --stream: text cannot be taken back")
+    for name in ("check", "list_models", "batch"):
+        if getattr(args, name) and (args.question or args.file):
+            raise ValueError(f"{flag_of(name)} takes no question")
+    for name in ("output", "workers"):
+        if getattr(args, name) is not None and args.batch is None:
+            raise ValueError(f"{flag_of(name)} needs --batch")
+    if args.stream and (args.json or args.expect_json):
+        raise ValueError(
+            "--stream is not allowed with --json or --expect-json: they need all of it"
+        )
 
 
-def short_usage(parser: Parser) -> str:
-    """The usage and two examples, for somebody who asked nothing."""
-    examples = (parser.epilog or "").splitlines()[1:3]
-    return "\n".join([parser.format_usage().strip(), *examples])
+def read_number(name: str, text: str) -> float:
+    """The number that is given for an option. Raises ValueError."""
+    rule = NUMBER_RULES[name]
+    try:
+        number: float = rule.kind(text)
+        return check_number(name, number)
+    except ValueError:
+        message = f"{flag_of(name)} must be {rule.allowed}, not {quoted(text)}"
+        raise ValueError(message) from None
+
+
+def given(args: argparse.Namespace, *names: str) -> Json:
+    """Those of the options that were given."""
+    options = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def make_client(args: argparse.Namespace, console: Console) -> FallbackLLM:
     """The client that the options describe."""
-    retry: Dict[str, Any] = {}
-    for name in ("max_attempts", "base_delay", "max_delay"):
-        if getattr(args, name) is not None:
-            retry[name] = getattr(args, name)
-    if args.max_delay is not None and args.base_delay is None:
-        retry["base_delay"] = min(RetryConfig.base_delay, args.max_delay)
-    if args.base_delay is not None and args.max_delay is None:
-        retry["max_delay"] = max(RetryConfig.max_delay, args.base_delay)
+    delays = given(args, "base_delay", "max_delay")
+    longest = delays.get("max_delay", math.inf)
+    first = delays.setdefault("base_delay", min(RetryConfig.base_delay, longest))
+    delays.setdefault("max_delay", max(RetryConfig.max_delay, first))
     config = RetryConfig(
-        jitter=not args.disable_jitter, wait_on_rate_limit=not args.no_wait, **retry
+        args.max_attempts,
+        jitter=not args.disable_jitter,
+        wait_on_rate_limit=not args.no_wait,
+        **delays,
     )
-    sleep: Callable[[float], object] = console.sleep
-    if args.batch is not None:
-        sleep = time.sleep
+    sleep = console.sleep if args.batch is None else time.sleep
     return FallbackLLM(config, timeout=args.timeout, idle_timeout=args.idle_timeout, sleep=sleep)
 
 
 def common_arguments(args: argparse.Namespace) -> Json:
     """The arguments of `complete` that the options give."""
-    arguments: Json = {"max_tokens": args.max_tokens}
-    for name in ("provider", "model", "system", "temperature"):
-        if getattr(args, name) is not None:
-            arguments[name] = getattr(args, name)
+    arguments = given(args, "max_tokens", "provider", "model", "system", "temperature")
+    if args.expect_json:
+        arguments["accept"] = is_json
     return arguments
 
 
 def question_of(args: argparse.Namespace, console: Console) -> str:
     """The question: the files, then the pipe, then the words. Raises ValueError."""
     words = [word for word in args.question if word != "-"]
-    parts: List[str] = []
-    paths = args.file or []
-    is_needed = not words and all(path == "-" for path in paths)
+    files = args.file or []
+    paths = list(files)
+    has_pipe = not args.no_stdin and not is_terminal(sys.stdin)
+    if sys.stdin is not None and "-" not in paths and ("-" in args.question or has_pipe):
+        paths.append("-")
+    is_needed = not words and not set(files) - {"-"}
+
+    parts = []
     for path in paths:
         if path == "-":
             text = read_stdin(console, args.timeout, is_needed)
         else:
             text = read_text("--file", path)
-        parts.append(f"--- {path} ---\n{text}" if len(paths) > 1 else text)
-
-    wants_stdin = "-" in args.question
-    has_pipe = sys.stdin is not None and not is_terminal(sys.stdin) and not args.no_stdin
-    is_read = "-" not in paths and sys.stdin is not None and (wants_stdin or has_pipe)
-    if is_read:
-        parts.append(read_stdin(console, args.timeout, is_needed))
-
+        if len(files) > 1 and not is_blank(text):
+            text = f"--- {path} ---\n{text}"
+        parts.append(text)
     parts.append(" ".join(words))
     question = "\n\n".join(part.strip("\r\n") for part in parts if part.strip("\r\n"))
-    if is_blank(question) and not (words or paths):
-        if is_read:
+    if is_blank(question) and not (words or files):
+        if paths:
             raise ValueError("no question given (stdin was empty)")
         raise ValueError(f"no question given\n{args.usage}")
     return question
@@ -5794,29 +5686,23 @@ def question_of(args: argparse.Namespace, console: Console) -> str:
 
 def read_stdin(console: Console, timeout: Optional[float], is_needed: bool) -> str:
     """The text from stdin; "" if it does not end in time and is not needed. Raises ValueError."""
-    tell_at = 2.0
-    limit = math.inf if timeout is None else timeout
-    if is_terminal(sys.stdin):
-        explain_terminal(console)
-        tell_at = math.inf
-        limit = math.inf
-    started = time.monotonic()
     reader = StdinReader(daemon=True)  # nobody can stop it
     reader.start()
-    while reader.is_alive():
-        passed = time.monotonic() - started
-        if passed >= tell_at:
-            console.say("waiting for piped input; use --no-stdin (or </dev/null) to skip")
-            tell_at = math.inf
-        if passed >= limit:
-            reason = f"stdin did not end within {number_of(limit)} s"
-            if is_needed:
-                raise ValueError(f"no question given ({reason})")
-            logger.warning("⚠️  %s: asked without it", reason)
-            return ""
-        reader.join(0.05)
+    limit = min(timeout or math.inf, threading.TIMEOUT_MAX)
+    if is_terminal(sys.stdin):
+        explain_terminal(console)
+        reader.join()
+    reader.join(min(limit, PATIENCE))
+    if limit > PATIENCE and reader.is_alive():
+        console.say("waiting for piped input; use --no-stdin (or </dev/null) to skip")
+        reader.join(limit - PATIENCE)
     if reader.error is not None:
         raise reader.error
+    if reader.is_alive():
+        reason = f"stdin did not end within {number_of(limit)} s"
+        if is_needed:
+            raise ValueError(f"no question given ({reason})")
+        logger.warning("⚠️  %s: asked without it", reason)
     return reader.text
 
 
@@ -5837,7 +5723,7 @@ class StdinReader(threading.Thread):
     def run(self) -> None:
         """Set one of the two."""
         try:
-            self.text = read_text("stdin", "-", is_lenient=True)
+            self.text = read_text("stdin", "-")
         except ValueError as error:
             self.error = error
 
@@ -5845,122 +5731,96 @@ class StdinReader(threading.Thread):
 def respond(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
     """Ask one question and print the answer."""
     question = question_of(args, console)
-    available = []
+    available = {}
     for account in llm.accounts(args.provider):
         if account.problem:
             logger.debug("⚠️  %s", account.problem)
         else:
-            available.append(account.provider)
-    logger.debug("✅ Available providers: %s", ", ".join(dict.fromkeys(available)))
+            available[account.provider] = True
+    logger.debug("✅ Available providers: %s", ", ".join(available))
     logger.debug("❓ Question: %s", question)
     logger.debug("🤔 Thinking...")
 
     arguments = dict(common_arguments(args), question=question)
-    if args.expect_json:
-        arguments["accept"] = is_json
-    if args.json:
-        return respond_in_json(llm, args, console, arguments)
-
-    printer = AnswerPrinter(console)
     if args.stream:
         stream = llm.stream(**arguments)
-        try:
-            for piece in stream:
-                printer.feed(piece)
-        finally:
-            printer.end()
+        put_text(console, stream)
         answer = cast(Answer, stream.answer)
     else:
-        answer = llm.complete(**arguments)
-        printer.feed(without_fence(answer.text) if args.expect_json else answer.text)
-        printer.end()
+        try:
+            answer = llm.complete(**arguments)
+        except FallbackLLMError as error:
+            if args.json:
+                console.put_json(report_of(error, args.expect_json, {}))
+            raise
+        if args.json:
+            console.put_json(report_of(answer, args.expect_json, {}))
+            return 0
+        put_text(console, [without_fence(answer.text) if args.expect_json else answer.text])
     logger.info("\n⏱️  Response time: %.2fs", answer.elapsed)
     return 0
 
 
-def respond_in_json(
-    llm: FallbackLLM, args: argparse.Namespace, console: Console, arguments: Json
-) -> int:
-    """Ask one question and print a JSON object, whatever comes of it."""
+def put_text(console: Console, pieces: Iterable[str]) -> None:
+    """Print an answer without surrounding blank lines and terminal control characters."""
+    held = ""  # what may turn out to be a blank line at the beginning or at the end
+    has_begun = False
     try:
-        console.put_json(report_of(llm.complete(**arguments), args.expect_json))
-    except FallbackLLMError as error:
-        console.put_json(report_of(error, args.expect_json))
-        raise
-    return 0
-
-
-class AnswerPrinter:
-    """Prints an answer without surrounding blank lines and terminal control characters."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._held = ""  # what may turn out to be a blank line at the beginning or at the end
-        self._has_begun = False
-
-    def feed(self, text: str) -> None:
-        """Print a piece, but for newlines that may turn out to be the last ones."""
-        self._held += text.translate(CONTROLS)
-        if not self._has_begun:
-            if not self._held.strip():
-                return
-            self._has_begun = True
-            self._held = re.sub(r"\A\s*\n", "", self._held)
-            logger.info("\n💡 Response:")
-        shown = self._held.rstrip("\n")
-        self._held = self._held[len(shown) :]
-        self._console.put(shown)
-
-    def end(self) -> None:
-        """End the line of the answer."""
-        if self._has_begun:
-            self._console.end_line()
+        for piece in pieces:
+            held += piece.translate(CONTROLS)
+            if not has_begun and held.strip():
+                has_begun = True
+                held = re.sub(r"\A\s*\n", "", held)
+                logger.info("\n💡 Response:")
+            if has_begun:
+                shown = held.rstrip("\n")
+                held = held[len(shown) :]
+                console.put(shown)
+    finally:
+        console.end_line()
 
 
 def check(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
     """Print which keys and models work; 0 if a provider can answer."""
     labels = [account.label for account in llm.accounts(args.provider)]
-    found: Dict[str, CheckReport] = {}
-    console.redraw(f"waiting for {', '.join(labels)}")
-    for report in llm.check(args.provider, args.timeout):
-        found[report.label] = report
-        waiting = [label for label in labels if label not in found]
+    waiting = list(labels)
+    reports = []
+    found = llm.check(args.provider, args.timeout)
+    while waiting:
         console.redraw(f"waiting for {', '.join(waiting)}")
+        report = next(found)
+        waiting.remove(report.label)
+        reports.append(report)
     console.redraw("")
 
-    reports = [found[label] for label in labels]
+    reports.sort(key=lambda report: labels.index(report.label))
     if args.json:
         console.put_json([report.to_dict() for report in reports])
     else:
-        for line in check_table(reports):
-            console.put(line.translate(CONTROLS) + "\n")
+        console.put(check_table(reports))
     if any(report.served for report in reports):
         return 0
     return 1
 
 
-def check_table(reports: Sequence[CheckReport]) -> List[str]:
+def check_table(reports: Sequence[CheckReport]) -> str:
     """The reports with their columns below each other, no wider than 80 columns."""
     import textwrap
 
-    table = [["PROVIDER", "KEY", "SECONDS", "MODELS"]]
+    width = max(len(report.label) for report in reports)
+    lines = [f"{'PROVIDER':{width}}  {'KEY':11}  SECONDS  MODELS"]
     for report in reports:
-        notes = [report.reason]
-        if report.not_served:
-            notes.insert(0, "not served: " + ", ".join(report.not_served))
+        notes = []
         if report.served:
-            notes.insert(0, "served: " + ", ".join(report.served))
-        words = "; ".join(filter(None, notes)) or "-"
-        table.append([report.label, report.key, f"{report.seconds:.2f}", words])
-
-    widths = [max(len(row[column]) for row in table) for column in range(3)]
-    lines = []
-    for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        start = "  ".join([*cells, ""])
+            notes.append("served: " + ", ".join(report.served))
+        if report.not_served:
+            notes.append("not served: " + ", ".join(report.not_served))
+        if report.reason:
+            notes.append(report.reason)
+        start = f"{report.label:{width}}  {report.key:11}  {report.seconds:<7.2f}  "
         wrapper = textwrap.TextWrapper(WIDEST, start, " " * len(start), break_on_hyphens=False)
-        lines.extend(wrapper.wrap(row[3]))
-    return lines
+        lines.append(wrapper.fill("; ".join(notes) or "-"))
+    return "\n".join([*lines, ""])
 
 
 def list_models(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
@@ -5971,38 +5831,35 @@ def list_models(llm: FallbackLLM, args: argparse.Namespace, console: Console) ->
         if listing.problem:
             logger.warning("⚠️  %s: %s; these are the models we ask", name, listing.problem)
         for model in listing.models:
-            is_asked = model in listing.asked
-            found.append({"provider": name, "model": model, "asked": is_asked})
+            found.append({"provider": name, "model": model, "asked": model in listing.asked})
     if args.json:
         console.put_json(found)
     else:
         for entry in found:
-            line = f"{entry['provider']}\t{entry['model']}"
-            console.put(line.translate(CONTROLS) + "\n")
+            console.put(f"{entry['provider']}\t{entry['model']}\n")
     return 0
 
 
-def say_statistics(llm: FallbackLLM, console: Console) -> None:
-    """Write the five documented lines to stderr."""
-    lines = ["\n📊 Usage Statistics:"]
-    lines.extend(f"   {name}: {count}" for name, count in llm.get_stats().items())
-    console.say("\n".join(lines))
-
-
-def batch_job(args: argparse.Namespace, console: Console) -> BatchJob:
-    """What --batch and the other options ask for."""
+def make_batch(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> Batch:
+    """The batch that the options describe."""
     if args.batch == "-" and is_terminal(sys.stdin):
         explain_terminal(console)
-    return BatchJob(
+    tell = console.say
+    pause = PROGRESS_PAUSE
+    if console.can_redraw:
+        tell = console.redraw
+        pause = REDRAW_PAUSE
+    if args.quiet:
+        pause = math.inf
+    return Batch(
+        llm,
         questions=args.batch,
         output=None if args.output == "-" else args.output,
         arguments=common_arguments(args),
-        expects_json=args.expect_json,
         workers=args.workers or 8,
-        is_quiet=args.quiet,
         put=console.put_json,
-        say=console.say,
-        redraw=console.redraw if console.can_redraw else None,
+        tell=tell,
+        pause=pause,
     )
 
 
@@ -6018,55 +5875,46 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
             elif args.list_models:
                 code = list_models(llm, args, console)
             elif args.batch is not None:
-                code = Batch(llm, batch_job(args, console)).run()
+                code = make_batch(llm, args, console).run()
             else:
                 code = respond(llm, args, console)
         except FallbackLLMError as error:
             console.say(f"❌ {in_shell_words(error)}")
             code = 1
         if args.stats:
-            say_statistics(llm, console)
+            counts = [f"   {name}: {count}" for name, count in llm.get_stats().items()]
+            console.say("\n".join(["\n📊 Usage Statistics:", *counts]))
     return code
 
 
 def in_shell_words(error: Exception) -> str:
-    """The message of an error with flags in place of parameters, but not in what servers said.
-
-    Below the headline of a question that failed, only what follows the arrows is ours.
-    """
-    headline, *lines = str(error).split("\n")
-    if isinstance(error, (AnswerRefused, StreamInterrupted)) or headline.startswith("--"):
-        return str(error)
-    told = [PARAMETER_NAMES.sub(flag_of, headline)]
-    for line in lines:
-        said, arrow, advice = line.rpartition(" → ")
-        told.append(said + arrow + PARAMETER_NAMES.sub(flag_of, advice))
-    return "\n".join(told)
+    """The message of an error with flags in place of parameters, but not in what servers said."""
+    text = str(error)
+    if isinstance(error, (AnswerRefused, StreamInterrupted)) or text.startswith("--"):
+        return text
+    return OUR_WORDS.sub(lambda match: with_flags(match.group()), text)
 
 
-def flag_of(match: re.Match[str]) -> str:
+def with_flags(text: str) -> str:
+    """The text with flags in place of parameters."""
+    return PARAMETER_NAMES.sub(lambda match: flag_of(match.group()), text)
+
+
+def flag_of(name: str) -> str:
     """The flag that sets a parameter."""
-    if match.group().startswith("model"):
+    if name.startswith("model"):
         return "-m"
-    return "--" + match.group().replace("_", "-")
-
-
-def discard_stdout() -> None:
-    """Throw away what stdout still holds, or Python would complain at its exit."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return "--" + name.replace("_", "-")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program. Returns the exit code; Ctrl-C ends the process by its signal."""
     console = Console()
-    handler: Optional[logging.Handler] = None
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(console)
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        console.can_redraw = console.can_redraw and not args.quiet
-        handler = ConsoleHandler(console, args)
-        logger.addHandler(handler)
-        logger.setLevel(logging.DEBUG)
+        console.obey(args)
         return run_command(args, console)
     except ValueError as error:
         console.say(f"error: {in_shell_words(error)}")
@@ -6080,17 +5928,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         console.say(f"missing package: {error.name} - run: pip install requests python-dotenv")
         return 1
     except OSError as error:
-        discard_stdout()
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            # What stdout still holds would make Python complain at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 141
-        console.say(f"error: {error.strerror or error}")
+        console.say(f"error: {reason_of(error)}")
         return 1
     finally:
-        # Questions of a batch that was ended may still log: then somebody has to be there.
-        if handler is not None and args.batch is None:
-            logger.removeHandler(handler)
-        elif handler is not None:
-            handler.setLevel(logging.CRITICAL + 1)
+        logger.addHandler(SILENCE)
+        logger.removeHandler(console)
 
 
 if __name__ == "__main__":

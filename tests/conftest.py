@@ -181,6 +181,7 @@ class _Screen:
             row = self._rows[self._row]
             self._rows[self._row] = {at: row[at] for at in row if at < self._column}
         elif character == "\x1b[J":
+            self.put("\x1b[K")
             del self._rows[self._row + 1 :]
         else:
             assert character.isprintable() or character in "\t\ufe0f", repr(character)

@@ -395,7 +395,7 @@ ERRORS = {  # data, verdict, the reason's beginning
     "content_filter": (TEXT + event({"finish_reason": "content_filter"}), "REFUSED", "a content "),
     "refusal": (stream(REFUSAL), "REFUSED", "I will not."),
     "malformed": (event(says("x")) + b"data: {oops}\n\n" + HELLO, "FAULT", "no answer in the re"),
-    "a number": (b"data: 5\n\n" + HELLO, "FAULT", "no answer in the reply: "),
+    "a number": (b"data: 5\n\n" + HELLO, "FAULT", "no answer in the reply:"),
     "not UTF-8": (stream(says("xyz")).replace(b"y", b"\xff"), "FAULT", "the answer is not UTF-8"),
     "error": (TEXT + event(error=LIMIT), "RATE_LIMITED", "error 429 inside the reply: Slow."),
     "error beside choices": (event(says(""), error=LIMIT), "RATE_LIMITED", "error 429 inside"),
