@@ -1,6 +1,6 @@
 """How a crowd of questions shares what servers allow, in virtual time: a table of sentences.
 
-    python tests/test_pacing.py     # the table, with what is reached
+    PYTHONPATH=. python tests/test_pacing.py    # the table, with what is reached
 
 Each line says who limits how, and what a batch reaches: its share of the throughput of a client
 that knows the quotas, or of the simple one (`fakes.simple`), whose threads all honour the last
@@ -163,12 +163,13 @@ TABLE = [
     Line("token buckets", free_tier, 8, 300, 95, IDEAL, 12, NO_WAIT),
     Line("token buckets", free_tier, 32, 300, 95, IDEAL, 15),
     Line("token buckets", free_tier, 32, 300, 95, IDEAL, 15, NO_WAIT),
-    Line("token buckets", free_tier, 128, 300, 90, IDEAL, 25),
+    Line("token buckets", free_tier, 128, 250, 90, IDEAL, 25),
     Line("token buckets", free_tier, 128, 250, 90, IDEAL, 25, NO_WAIT),
     Line("a bucket of 10", partial(one, Quota, 10), 8, 150, 95, IDEAL, 12),
     Line(
         "a bucket of 10 without a hint", partial(one, Quota, 10, told=False), 50, 100, 95, IDEAL, 40
     ),
+    Line("a window of 30", partial(WINDOW, 30), 50, 150, 85, IDEAL, 10),
     Line("fixed windows", partial(free_tier, fixed=True), 16, 300, 85, IDEAL, 10),
     Line("buckets without a hint", partial(free_tier, told=False), 16, 300, 85, IDEAL, 15),
     Line("buckets, five times slower", partial(free_tier, slower=5.0), 32, 250, 85, IDEAL, 10),
@@ -254,7 +255,7 @@ def test_what_is_refused_does_not_grow_with_the_crowd() -> None:
     refused = []
     for threads in (32, 128):
         crowd = Crowd(threads, {"a": [Metered(Quota(10))]}, providers=ALONE)
-        crowd.ask(150)
+        crowd.ask(130)
         refused.append(crowd.refused)
     assert refused[1] <= 1.5 * refused[0]
 
@@ -497,12 +498,12 @@ def test_another_provider_is_not_slowed(limit: Any) -> None:
     crowd = Crowd(18, script, providers=[*ALONE, row("two", "c")])
     ends = []
 
-    def ask(provider: str) -> None:
-        for _ in range(20):
+    def ask(provider: str, questions: int) -> None:
+        for _ in range(questions):
             asks(crowd, provider=provider)
         ends.append((provider, crowd.clock.now))
 
-    crowd.run([partial(ask, name) for name in ("one", "two", "two") * 6])
+    crowd.run([partial(ask, *who) for who in (("one", 5), ("two", 20), ("two", 20)) * 6])
     assert [end for name, end in ends if name == "two"] == [20.0] * 12
 
 
@@ -516,27 +517,29 @@ def test_another_key_is_not_slowed() -> None:
 
 
 @pytest.mark.parametrize("hint", [1.0, 10.0, None])
-@pytest.mark.parametrize("threads", [8, 32])
+@pytest.mark.parametrize("threads", [4, 16])
 def test_a_lane_heals_after_a_storm(threads: int, hint: float | None) -> None:
-    """Half a minute after its end it is as quick as before."""
+    """Ten seconds after its end, and that of the last hint, it is as quick as before."""
 
     def storm(asked: Asked) -> Reply:
         return limited(hint, takes=0.05) if 5 <= asked.at < 10 else says(takes=1.0)
 
     crowd = Crowd(threads, {"a": [storm]}, providers=ALONE)
-    crowd.ask(35 * threads)
-    late = [asked.at for asked in crowd.server.asked if 40 <= asked.at < 42]
+    crowd.ask(30 * threads)
+    late = [asked.at for asked in crowd.server.asked if 30 <= asked.at < 35]
     assert crowd.lost == 0
-    assert len(late) >= 1.9 * threads
+    assert len(late) >= 4.9 * threads
 
 
 def test_a_lane_heals_when_a_quota_grows() -> None:
-    """Two minutes of ten requests, then as many as there are threads for."""
-    crowd = Crowd(16, {"a": [Metered(Quota(10, schedule=((120, 1000),)))]}, providers=ALONE)
-    crowd.ask(500)
+    """Twenty minutes of thirty requests, then as many as there are threads for."""
+    quota = Quota(30, schedule=((1200, 1000),))
+    crowd = Crowd(8, {"a": [Metered(quota)]}, providers=ALONE)
+    crowd.ask(1000)
+    last = [asked.at for asked in crowd.server.asked][-80:]
     assert crowd.lost == 0
-    last = [asked.at for asked in crowd.server.asked][-160:]
-    assert last[-1] - last[0] <= 12
+    assert crowd.took <= 1200 + 200
+    assert last[-1] - last[0] <= 11
 
 
 def main() -> None:
