@@ -5155,8 +5155,8 @@ PUT_SIZE = 4096  # characters; one big write to a pipe may not notice that its r
 ERASE = "\r\x1b[J"  # the line, and what of it a narrower terminal has wrapped
 PATIENCE = 2.0  # seconds until somebody is told that a pipe is waited for
 PROGRESS_PAUSE = 10.0  # seconds between two lines of progress outside a terminal
-REDRAW_PAUSE = 0.5  # seconds between two of a terminal
-WIDEST = 80  # columns of the help and of tables
+REDRAW_PAUSE = 0.25  # seconds between two of a terminal
+WIDEST = 80  # columns of the help and of tables, at most
 OPTIONS_VARIABLE = "FALLBACK_LLM_OPTS"
 # The names of parameters in messages; some are plain words unless a message begins with them.
 PARAMETER_NAMES = re.compile(
@@ -5281,13 +5281,14 @@ class Console(logging.Handler):
 
     def sleep(self, seconds: float) -> None:
         """Wait, and show on a terminal how long is left."""
-        whole = int(seconds) if self.can_redraw else 0
-        for passed in range(whole):
-            self.redraw(f"   {math.ceil(seconds - passed)} s left")
-            time.sleep(1)
-        if whole:
+        until = time.monotonic() + seconds
+        if self.can_redraw and seconds > 1:
+            for left in range(math.ceil(seconds), 0, -1):
+                self.redraw(f"   {left} s left")
+                time.sleep(max(0.0, min(1.0, until - time.monotonic())))
             self.redraw("")
-        time.sleep(seconds - whole)
+        else:
+            time.sleep(seconds)
 
 
 def is_terminal(stream: Optional[IO[str]]) -> bool:
@@ -5296,6 +5297,13 @@ def is_terminal(stream: Optional[IO[str]]) -> bool:
         return stream is not None and os.isatty(stream.fileno())
     except (OSError, ValueError):  # it is closed, or no file
         return False
+
+
+def text_width() -> int:
+    """The columns that help and tables have."""
+    import shutil
+
+    return min(WIDEST, max(60, shutil.get_terminal_size().columns))
 
 
 def can_encode(stream: Optional[IO[str]], text: str) -> bool:
@@ -5367,9 +5375,6 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(prog: str) -> Parser:
     """The options, with their help."""
-    import shutil
-
-    width = min(WIDEST, max(60, shutil.get_terminal_size().columns))
     run = prog if prog == "fallback-llm" else f"python {prog}"
     usage = f"{prog} [options] [--] [question ...]"
     short_examples = f"""\
@@ -5383,7 +5388,7 @@ def make_parser(prog: str) -> Parser:
         description="Ask a language model; if it fails, the next one answers.\n"
         "Only the answer goes to stdout.",
         epilog=f"{examples}\n{ENDINGS}",
-        formatter_class=functools.partial(HelpFormatter, max_help_position=26, width=width),
+        formatter_class=functools.partial(HelpFormatter, max_help_position=26, width=text_width()),
         add_help=False,
         allow_abbrev=False,
     )
@@ -5650,7 +5655,7 @@ def check(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
 
 
 def check_table(reports: Sequence[CheckReport]) -> str:
-    """The reports with their columns below each other, no wider than 80 columns."""
+    """The reports with their columns below each other."""
     import textwrap
 
     width = max(len(report.label) for report in reports)
@@ -5664,7 +5669,9 @@ def check_table(reports: Sequence[CheckReport]) -> str:
         if report.reason:
             notes.append(report.reason)
         start = f"{report.label:{width}}  {report.key:11}  {report.seconds:<7.2f}  "
-        wrapper = textwrap.TextWrapper(WIDEST, start, " " * len(start), break_on_hyphens=False)
+        wrapper = textwrap.TextWrapper(
+            text_width(), start, " " * len(start), break_on_hyphens=False
+        )
         lines.append(wrapper.fill("; ".join(notes) or "-"))
     return "\n".join([*lines, ""])
 
