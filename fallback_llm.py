@@ -4700,7 +4700,7 @@ class Batch:
         flags = {**self.arguments, "expect_json": self._expects_json}
         flags.pop("accept", None)
         self._flags_digest = digest_of(flags)
-        self._ended = threading.Event()  # set at the end, whatever is still under way
+        self._is_over = False  # nobody takes what is still under way
         self._lock = threading.Lock()  # of all that follows
         self._counts: Dict[str, int] = collections.Counter()  # answers by provider
         self._reasons: Dict[str, int] = collections.Counter()  # of failed questions
@@ -4725,11 +4725,9 @@ class Batch:
         except OSError as error:
             raise OSError(error.errno, f"{reason_of(error)}; {self._written()}") from None
         except KeyboardInterrupt:
-            self._ended.set()
+            self._is_over = True
             logger.error("\n%s.", self._written())
             raise
-        finally:
-            self._ended.set()
         return self._tell_end()
 
     def _checked_lines(self) -> List[Line]:
@@ -4794,7 +4792,7 @@ class Batch:
 
     def _ask(self, line: Line) -> None:
         """Ask a question and write its line. Runs in many threads."""
-        if self._ended.is_set():
+        if self._is_over:
             return
         QUESTION_ID.set(str(line.id))
         result: Union[Answer, Exception]
@@ -4807,12 +4805,12 @@ class Batch:
         record = report_of(result, self._expects_json, heading)
 
         with self._lock:
-            if self._ended.is_set():
+            if self._is_over:
                 return
             try:
                 self.put(record)
             except BaseException:
-                self._ended.set()  # do not pay for answers that cannot be saved
+                self._is_over = True  # do not pay for answers that cannot be saved
                 raise
             if isinstance(result, Answer):
                 self._counts[result.provider] += 1
