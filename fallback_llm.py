@@ -44,6 +44,7 @@ import dataclasses
 import datetime
 import enum
 import functools
+import inspect
 import io
 import itertools
 import json
@@ -358,6 +359,7 @@ def is_placeholder(value: str) -> bool:
     return len(last_part) >= 3 and not last_part.strip("x")
 
 
+@functools.lru_cache(maxsize=256)
 def flaw_of(key: str) -> str:
     """What is wrong with a key, "" if it can be sent."""
     if not key:
@@ -496,6 +498,7 @@ def env_files() -> List[str]:
     folders = []
     with contextlib.suppress(OSError):  # the current folder may have been deleted
         folders.append(os.getcwd())
+    with contextlib.suppress(OSError):
         folders.append(os.path.dirname(os.path.abspath(this_file)))
     home = os.path.expanduser("~")
     configuration = os.environ.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
@@ -565,10 +568,10 @@ def rows_from_environment(settings: Settings) -> List[Provider]:
             continue
         prefix = variable[: -len("_BASE_URL")]
         models = split_list(settings.find(prefix + "_MODELS")[0])
-        if not models or not re.fullmatch(r"[a-z0-9_]+", name):
+        if not models or not re.fullmatch("[A-Z][A-Z0-9_]*", prefix):
             continue
         has_key = bool(settings.find(prefix + "_API_KEY")[0])
-        key_env = prefix.upper() + "_API_KEY" if has_key else None
+        key_env = prefix + "_API_KEY" if has_key else None
         rows.append(Provider(name, url, key_env, tuple(models)))
     return rows
 
@@ -1028,13 +1031,14 @@ RULES: Sequence[Tuple[Ruling, str]] = (
     (FAULT, ""),
 )
 
-MAX_TEXT = 4000  # characters of a server's message that are looked at
+MAX_MESSAGE = 20000  # characters of a server's message that are kept
+MAX_TEXT = 4000  # characters of it that are judged
 MAX_PARTS = 100  # objects of an error that are looked at
 MAX_HINT = 32 * 86400.0  # a longer "come back in" is junk
 RELAYED = "provider returned error"  # what a router says of its supplier's error (OpenRouter)
-NESTED_FIELDS = ("error", "errors", "metadata", "availability", "headers", "details")
-CODE_FIELDS = ("limit_source", "code", "error", "error_type", "type")
-MESSAGE_FIELDS = ("message", "error_message", "error", "detail")
+NESTED_FIELDS = ("error", "errors", "metadata", "availability", "headers", "details", "base_resp")
+CODE_FIELDS = ("limit_source", "code", "error_code", "error", "error_type", "type")
+MESSAGE_FIELDS = ("message", "error_message", "error_msg", "msg", "status_msg", "error", "detail")
 
 
 class ErrorReport(NamedTuple):
@@ -1165,16 +1169,25 @@ def message_of(fields: Mapping[str, List[Any]]) -> str:
         text = value
         if not isinstance(value, str):
             try:
-                text = json.dumps(value)
+                text = json.dumps(value, ensure_ascii=False).replace("\\n", " ")
             except (ValueError, RecursionError):
                 continue
-        text = one_line(page_summary(text))
+        text = one_line(page_summary(clipped(text)))
         if text and text not in texts:
             texts.append(text)
     return ": ".join(texts)
 
 
-INVISIBLE = re.compile("[\\s\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2060\ufeff]+")
+INVISIBLE = re.compile(
+    r"[\s\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]+"
+)
+
+
+def clipped(text: str) -> str:
+    """The beginning of a text that is very long, without half of a word: it may be a key."""
+    if len(text) <= MAX_MESSAGE:
+        return text
+    return re.sub(r"\S{1,1000}\Z", "", text[:MAX_MESSAGE])
 
 
 def one_line(text: str) -> str:
@@ -1255,15 +1268,25 @@ DURATION_PART = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-ISO_DATE = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)?")
+ISO_DATE = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d)?(\.\d{1,9})?(?:[Zz]|([+-]\d\d):?(\d\d))?"
+)
 WAIT_WORDS = re.compile(
-    r"\b(?:(?:again|retry|resets?|available) (?:in|after|at)|wait(?: for)?|until) "
+    r"\b(?:(?:again|retry|resets?|available)[ -](?:in|after|at)|wait(?: for)?|until):? "
     r"(?:about |approximately |approx\. |around |another |at least |~ ?)?",
     re.IGNORECASE,
 )
 LONG_PERIOD = re.compile(r"\bper[ -](hour|day|week|month)|\b(hourly|daily|monthly)\b")
 RESET_HEADER = re.compile(r"(x-)?rate-?limit-(.+-)?reset(-.+)?|.+-ratelimit-(.+-)?reset")
-WAIT_FIELDS = ("retry_after_seconds", "retry_after", "retry-after", "retrydelay", "retry_delay")
+USED_UP = re.compile(r"(?:remaining|\br)=0\b.*?(?:reset|\bt)=(\d+)")  # of the header RateLimit
+WAIT_FIELDS = (
+    "retry_after_seconds",
+    "retry_after",
+    "retry-after",
+    "retryafter",
+    "retrydelay",
+    "retry_delay",
+)
 
 
 def hints(values: Iterable[object], now: float) -> Iterator[float]:
@@ -1276,31 +1299,32 @@ def hints(values: Iterable[object], now: float) -> Iterator[float]:
 
 def waits(report: ErrorReport, headers: Mapping[str, str]) -> Iterator[object]:
     """What may say how long to wait, from the most exact source to the least."""
-    yield to_number(headers.get("retry-after-ms")) / 1000
-    retry_after = headers.get("retry-after", "")
-    yield retry_after.partition(",")[0]  # a header that was sent twice arrives as "30, 30"
-    yield retry_after
+    for value in (headers.get("retry-after-ms"), *report.fields.get("retry_after_ms", [])):
+        yield to_number(value) / 1000
+    yield headers.get("retry-after")
     for name in WAIT_FIELDS:
         yield from reversed(report.fields.get(name, []))
     for words in WAIT_WORDS.finditer(report.message[:MAX_TEXT]):
         rest = report.message[words.end() : words.end() + 100]
         date = ISO_DATE.match(rest)
         if date is None:
-            yield leading_duration(rest)[0]
+            yield leading_duration(re.sub("^an? ", "1 ", rest))[0]
         else:
             yield date.group()
 
 
 def resets(report: ErrorReport, headers: Mapping[str, str]) -> Sequence[object]:
     """What may say when a rate limit ends: of what is used up, or else of what is not known."""
-    said = dict(headers)
+    said: Dict[str, object] = dict(headers)
     for name, values in report.fields.items():
         said.setdefault(name, values[-1])
-    used_up = []
+    used_up: List[object] = USED_UP.findall(headers.get("ratelimit", ""))
     unknown = []
     for name, value in said.items():
         if RESET_HEADER.fullmatch(name):
             remaining = to_number(said.get(name.replace("reset", "remaining")))
+            if name.endswith("-ms"):
+                value = to_number(value) / 1000
             if remaining <= 0:
                 used_up.append(value)
             elif math.isnan(remaining):
@@ -1324,6 +1348,10 @@ def now_of(headers: Mapping[str, str], now: float) -> float:
 
 def seconds_until(value: object, now: float) -> float:
     """The seconds that a number, a duration or an instant asks for; NaN if it is none of them."""
+    if isinstance(value, dict):
+        value = value.get("seconds")  # as some write google.rpc.RetryInfo
+    if isinstance(value, str):
+        value = re.sub("^PT", "", value.strip(" \t\"'")[:100])  # PT30S is a duration of ISO 8601
     number = to_number(value)
     if number > 1e11:
         return number / 1000 - now  # milliseconds of the epoch (OpenRouter, 2026-10)
@@ -1331,21 +1359,21 @@ def seconds_until(value: object, now: float) -> float:
         return number - now
     if not math.isnan(number) or not isinstance(value, str):
         return number
-    text = value.strip()[:100]
-    seconds, end = leading_duration(text)
-    if end == len(text):
+    seconds, end = leading_duration(value)
+    if value[end : end + 1] in ("", ","):  # a header that was sent twice arrives as "30, 30"
         return seconds
-    return to_epoch(text) - now
+    return to_epoch(value) - now
 
 
 def leading_duration(text: str) -> Tuple[float, int]:
     """The seconds of a duration at the beginning of a text, NaN if there is none; and its end."""
     total = 0.0
+    end = 0
     position = 0
     part = DURATION_PART.match(text)
     if part is None:
         return math.nan, 0
-    while part is not None:
+    while part is not None and (part.group(2) or end == 0):  # only the first may lack its unit
         unit = (part.group(2) or "s").lower()
         total += float(part.group(1)) * UNIT_SECONDS[unit]
         end = part.end()
@@ -1373,10 +1401,9 @@ def to_epoch(value: object) -> float:
     iso = ISO_DATE.match(value)
     try:
         if iso is not None:
-            date, fraction, zone = iso.groups()
-            if zone is None or zone in "zZ":
-                zone = "+00:00"
-            instant = datetime.datetime.fromisoformat(date.upper() + zone)
+            day, minute, second, fraction, hours, minutes = iso.groups()
+            zone = f"{hours or '+00'}:{minutes or '00'}"
+            instant = datetime.datetime.fromisoformat(f"{day}T{minute}{second or ':00'}{zone}")
             return instant.timestamp() + float(fraction or 0)
         parts = parsedate_tz(value[:100])
         return math.nan if parts is None else float(mktime_tz(parts))
@@ -1436,6 +1463,8 @@ ELSEWHERE = {
     "max_workers": "ask_many(..., max_workers=...)",
     "workers": "ask_many(..., max_workers=...)",
     "prompt": "the question itself",
+    "top_k": "extra_body={...}",
+    "min_p": "extra_body={...}",
     "accept": "ask, complete and ask_many, whose text can be taken back",
 }
 UNSUPPORTED = ("tools", "tool_choice", "functions", "function_call", "stream", "n")
@@ -1475,6 +1504,8 @@ class Question:
             check_parameter_name(name)
         if self.accept is not None and not callable(self.accept):
             raise ValueError(f"accept must be a function of the text, not {quoted(self.accept)}")
+        if inspect.iscoroutinefunction(self.accept):
+            raise ValueError("accept must be an ordinary function, not an async one")
         self.max_tokens = int(check_number("max_tokens", self.max_tokens))
         for name, value in (
             ("timeout", self.timeout),
@@ -1532,7 +1563,7 @@ def check_parameter_name(name: object) -> None:
 
     import difflib
 
-    near = difflib.get_close_matches(name, [*PARAMETERS, *ELSEWHERE], 1, 0.81)
+    near = difflib.get_close_matches(name, [*PARAMETERS, *ELSEWHERE], 1, 0.75)
     if near:
         raise ValueError(f"unknown parameter {quoted(name)}: did you mean {near[0]!r}?")
     raise ValueError(
@@ -1552,8 +1583,8 @@ def check_extra_body(fields: object) -> None:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of the text can be seen: white space, zero-width characters."""
-    return not any(char.isprintable() and not char.isspace() for char in text)
+    """Whether nothing of the text can be seen: white space, controls, zero-width characters."""
+    return text == "" or INVISIBLE.fullmatch(text) is not None
 
 
 def conversation(
@@ -1615,7 +1646,8 @@ def lines_in(pieces: Iterable[bytes]) -> Iterator[str]:
         rest.append(piece)
         size += len(piece)
         if b"\n" in piece or b"\r" in piece:
-            *lines, last = NEWLINE.split(b"".join(rest))
+            data = b"".join(rest)
+            *lines, last = NEWLINE.split(data) if b"\r" in data else data.split(b"\n")
             rest = [last]
             size = len(last)
             for line in lines:
@@ -1628,14 +1660,16 @@ def lines_in(pieces: Iterable[bytes]) -> Iterator[str]:
 def utf8_line(line: bytes) -> str:
     """The text of a line, without a byte order mark. Raises Failure if it is not UTF-8."""
     try:
-        return line.decode("utf-8-sig").rstrip("\r")
+        text = line.decode()
     except UnicodeDecodeError:
         raise Failure(Verdict.FAULT, "the answer is not UTF-8") from None
+    return text.strip("\ufeff\r")
 
 
-def events_in(lines: Iterable[str]) -> Iterator[Event]:
+def events_in(lines: Iterable[str]) -> Iterator[Event]:  # noqa: C901 - seen whole, it is simple
     """The events of a body; a body without any is one plain event at its end. Raises Failure."""
-    fields: Dict[str, List[str]] = {"data": [], "event": []}  # of the event that is being read
+    data: List[str] = []  # of the event that is being read
+    kind = ""
     plain: Optional[List[str]] = []  # lines that are no fields of an event; None: it is a stream
     size = 0
     for line in itertools.chain(lines, [""]):
@@ -1644,21 +1678,29 @@ def events_in(lines: Iterable[str]) -> Iterator[Event]:
             raise Failure(Verdict.FAULT, "the reply is longer than any answer")
         if line:
             name, _, value = line.partition(":")
-            if name in fields:
-                fields[name].append(value)
+            if name == "data":
+                data.append(value)
+            elif name == "event":
+                kind = value.strip()
             elif plain is not None and name not in ("", "id", "retry"):
                 plain.append(line)
             continue
 
-        data = "\n".join(fields["data"]).strip()
-        kind = "".join(fields["event"][-1:]).strip()
-        fields = {"data": [], "event": []}
-        if data:
+        text = "\n".join(data).strip()
+        if text or kind == "error":
+            yield Event(text, kind)
             plain = None
             size = 0
-            yield Event(data, kind)
+        data.clear()
+        kind = ""
     if plain is not None:
         yield Event("\n".join(plain).strip(), is_plain=True)
+
+
+def leading_blanks(text: str) -> str:
+    """The invisible characters at the beginning of a text."""
+    blanks = INVISIBLE.match(text)
+    return blanks.group() if blanks else ""
 
 
 class ThinkingFilter:
@@ -1686,14 +1728,14 @@ class ThinkingFilter:
             return ""
 
         self._held += text
-        start = self._held.lstrip()
-        if not self.has_thought and start.startswith("<think>"):
+        start = self._held[len(leading_blanks(self._held)) :]
+        if start.startswith("<think>"):
             self._held = ""
             self._blanks.clear()
             self._is_thinking = True
             self.has_thought = True
             return self._feed_thought(start[len("<think>") :])
-        if not self.has_thought and "<think>".startswith(start):
+        if "<think>".startswith(start):
             return ""
         return self._begin_answer()
 
@@ -1758,20 +1800,29 @@ THOUGHT_FIELDS = (
     "thought",
     "thoughts",
 )
-ERROR_FIELDS = ("error", "error_message", "error_type", "detail")
+ERROR_FIELDS = frozenset(
+    ["error", "errors", "error_message", "error_msg", "error_type", "error_code", "detail"]
+)
 MODERATION_WORDS = {"guard", "safeguard", "guardian", "wildguard", "shield", "shieldgemma"}
 MODERATION_WORDS |= {"moderation"}
 
 
+@functools.lru_cache(maxsize=256)
 def is_moderation_model(name: str) -> bool:
     """Whether a model judges texts rather than answering them."""
     words = re.split(r"[^a-z0-9]", name.lower())
     return not MODERATION_WORDS.isdisjoint(words) or "content-safety" in name.lower()
 
 
+def end_word(finish_reason: str) -> str:
+    """A finish_reason in the spelling of the lists above: maxTokens and MAX-TOKENS are one."""
+    words = re.sub("(?<=[a-z])(?=[A-Z])", "_", finish_reason).lower().replace("-", "_")
+    return re.sub("^(finish|stop)_reason_", "", words)
+
+
 def is_cut(finish_reason: str) -> bool:
     """Whether this finish_reason says that the answer was too long."""
-    return finish_reason.lower() in CUT_ENDS.split()
+    return end_word(finish_reason) in CUT_ENDS.split()
 
 
 class Draft:
@@ -1791,6 +1842,7 @@ class Draft:
         self._thinking = ThinkingFilter()
         self._raw: List[str] = []  # the texts so far, with the thoughts in them
         self._has_text = False  # that can be seen
+        self._went_on = False  # there was more text after an end
         self._half = ""  # the first half of a character
         self._size = 0  # of the texts and thoughts, in characters
         self._has_reasoning = False
@@ -1835,26 +1887,30 @@ class Draft:
         """An event that is no JSON object may have held a word of the answer."""
         is_empty_body = event.is_plain and not event.data
         if self.phase is not Phase.SETTLED and not is_empty_body:
-            raise ErrorInside({"error": f"no answer in the reply: {read_error(said).message}"})
+            words = read_error(said).message
+            raise Failure(Verdict.FAULT, f"no answer in the reply: {words}")
 
     def end(self) -> str:
         """The text that was held back until now. Raises Failure if this is no whole answer."""
+        was_shown = bool(self.texts)
         shown = self._show("", is_last=True)
         if not self.is_live:
             # A thought whose beginning is missing: what stood before its end is not the answer.
             before, tag, after = self.text.partition("</think>")
-            if tag and "<think>" not in before:
+            if tag and "<think>" not in before and not self._thinking.has_thought:
                 self._has_reasoning = True
                 self.texts = [after.lstrip()]
         failure = self._failure()
-        if failure is not None:
-            raise failure
-        return shown
+        if failure is None:
+            return shown
+        if not was_shown:
+            self.texts.clear()  # nothing was given out
+        raise failure
 
     def _failure(self) -> Optional[Failure]:
         """Why this is no whole answer; None: it is one."""
         is_empty = is_blank(self.text)
-        reason = self.finish_reason.lower()
+        reason = end_word(self.finish_reason)
         refusal = "".join(self._refusals)
         if reason in REFUSED_ENDS.split() or (refusal and is_empty):
             return Failure(Verdict.REFUSED, refusal or "a content filter stopped the answer")
@@ -1882,7 +1938,7 @@ class Draft:
         delta = as_object(choice.get("delta"))
         message = as_object(choice.get("message"))
         groq = as_object(said.get("x_groq"))
-        self._raise_error_inside(said, choice, groq)
+        self._raise_error_inside(said, choice, [delta, message, groq])
         self._check_model(said.get("model"))
 
         usage = said.get("usage") or groq.get("usage")
@@ -1900,15 +1956,27 @@ class Draft:
         if not is_blank(text):
             is_progress = True
             self._has_text = True
-            if self.phase is Phase.SETTLED:
-                self.phase = Phase.READING
+            self._go_on()
 
         finish_reason = choice.get("finish_reason")
         if finish_reason:
             is_progress = is_progress or not self.finish_reason
-            self._finish(str(finish_reason)[:100], has_text=bool(text))
+            self._finish(str(finish_reason), has_text=bool(text))
         shown = self._show(text)
         return shown if is_progress or shown else None
+
+    def _go_on(self) -> None:
+        """There is more text: what was said to be the end before was none."""
+        if self.finish_reason:
+            self.finish_reason = ""
+            self._went_on = True
+        if self.phase is Phase.SETTLED:
+            self.phase = Phase.READING
+
+    @property
+    def has_end(self) -> bool:
+        """Whether an end was said that can be believed if nothing more comes."""
+        return bool(self.finish_reason) and not self._went_on
 
     def _finish(self, finish_reason: str, has_text: bool) -> None:
         """Note how the answer ended.
@@ -1925,18 +1993,18 @@ class Draft:
         if not whole:
             return ""
         so_far = "".join(self._raw)
-        if so_far.startswith(whole):
-            return ""
         if self._half:  # a whole character may stand in its place now
             so_far = so_far[:-1]
             self._half = ""
-        if whole.startswith(so_far):
-            self._raw = [so_far]
-            return whole[len(so_far) :]
+        if whole.rstrip() == so_far.rstrip():
+            return ""
+        for known in (so_far, self.text):  # with the thoughts, or without them
+            if whole.startswith(known) and (known or not so_far):
+                self._raw = [known]
+                return whole[len(known) :]
         if self.is_live and self.texts:
             raise Failure(Verdict.FAULT, "the server changed what it had said before")
         self._raw.clear()
-        self._half = ""
         self.texts.clear()
         self._thinking = ThinkingFilter()
         return whole
@@ -1959,31 +2027,35 @@ class Draft:
         """Whether these hold reasoning, under any of its names; notes words of refusal."""
         found = False
         for message in messages:
-            for name in THOUGHT_FIELDS:
-                thought = message.get(name)
-                if not is_empty(thought):
+            for name, thought in message.items():
+                if name in THOUGHT_FIELDS and not is_empty(thought):
                     found = True
                     self._size += len(thought) if isinstance(thought, str) else 0
             content = message.get("content")
             for part in content if isinstance(content, list) else []:
-                if is_thought(part) and not is_empty({**part, "type": ""}):
+                if not is_text(part) and not is_empty({**as_object(part), "type": ""}):
                     found = True
             if isinstance(message.get("refusal"), str):
                 self._refusals.append(message["refusal"])
+                self._size += len(message["refusal"])
         self._has_reasoning = self._has_reasoning or found
         return found
 
-    def _raise_error_inside(self, said: Json, choice: Json, groq: Json) -> None:
+    def _raise_error_inside(self, said: Json, choice: Json, parts: Sequence[Json]) -> None:
         """Raise ErrorInside if the event carries an error, wherever it is."""
-        for place in (said, choice, groq):
-            found = {name: place[name] for name in ERROR_FIELDS if not is_empty(place.get(name))}
-            if found:
-                raise ErrorInside({"status_code": said.get("status_code"), **found})
-        if str(choice.get("finish_reason")).lower() == "error":
+        for place in (said, choice, *parts):
+            if not ERROR_FIELDS.isdisjoint(place):
+                names = [name for name in ERROR_FIELDS if not is_empty(place.get(name))]
+                found = {name: place[name] for name in names}
+                if found:
+                    raise ErrorInside({"status_code": said.get("status_code"), **found})
+        finish_reason = choice.get("finish_reason")
+        if finish_reason and str(finish_reason).lower() == "error":
             raise ErrorInside(
                 {"error": choice.get("native_finish_reason") or "finish_reason error"}
             )
-        if not said.get("choices") and read_error(said).message:
+        is_over = self.phase is Phase.SETTLED
+        if not said.get("choices") and not is_over and read_error(said).message:
             raise ErrorInside(said)  # Cerebras puts an error's fields at the top level (2026-10)
 
     def _check_model(self, model: object) -> None:
@@ -1991,14 +2063,14 @@ class Draft:
         if not isinstance(model, str) or is_moderation_model(self._model):
             return
         if is_moderation_model(model[:200]):
-            raise Failure(Verdict.FAULT, f"a moderation model answered: {model[:200]}")
+            raise Failure(Verdict.FAULT, f"a moderation model answered: {model}")
 
 
 def our_choice(said: Json) -> Json:
     """The choice with the index 0, or without one; {} if there is none."""
     choices = said.get("choices")
     for choice in choices if isinstance(choices, list) else []:
-        if isinstance(choice, dict) and not choice.get("index"):
+        if isinstance(choice, dict) and choice.get("index") in (None, 0, "0"):
             return choice
     return {}
 
@@ -2019,9 +2091,9 @@ def is_empty(value: object) -> bool:
     return not value or (isinstance(value, str) and is_blank(value))
 
 
-def is_thought(part: object) -> bool:
-    """Whether a part of a message's content is reasoning rather than text."""
-    return dig(part, "type") in ("thinking", "reasoning", "thought", "redacted_thinking")
+def is_text(part: object) -> bool:
+    """Whether a part of a message's content is text, and not reasoning."""
+    return dig(part, "type") in (None, "text", "output_text") and not dig(part, "thought")
 
 
 def text_of(content: object) -> str:
@@ -2030,7 +2102,7 @@ def text_of(content: object) -> str:
         return content
     if not isinstance(content, list):
         return ""
-    texts = [dig(part, "text") for part in content if not is_thought(part)]
+    texts = [dig(part, "text") for part in content if is_text(part)]
     return "".join(text for text in texts if isinstance(text, str))
 
 
@@ -2104,6 +2176,7 @@ class TimeLimit:
 
     def extend(self, deadline: float) -> None:
         """Move the deadline: what is being shown cannot be taken back."""
+        self._allowed += deadline - self._deadline
         self._deadline = deadline
         self._is_share = False
 
@@ -2136,7 +2209,7 @@ def safe_line(text: str, secrets: Iterable[str]) -> str:
 
     A secret is found before anything is cut: nothing would recognize half of one.
     """
-    line = one_line(text)
+    line = one_line(clipped(text))
     line = "".join(char if char.isprintable() else " " for char in line)
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= 4:
@@ -2156,7 +2229,8 @@ def secret_pattern(secret: str) -> Pattern[str]:
     """Finds a secret in any case, also URL-encoded, or broken by blanks."""
     gap = "[\\s\u00ad\u200b-\u200f\u2060\ufeff]{0,4}"
     spellings = []
-    for spelling in {secret, quote(secret), quote(secret, safe="")}:
+    encoded = quote(secret, safe="")
+    for spelling in {secret, quote(secret), encoded, quote(encoded)}:
         spellings.append(gap.join(re.escape(char) for char in spelling))
     return re.compile("|".join(spellings), re.IGNORECASE)
 
@@ -2242,7 +2316,7 @@ def addresses_of(host: str, port: int, seconds: float) -> List[Any]:
 
     The name is looked up in a thread, as nothing else can end a look-up.
     """
-    found: queue.Queue[Any] = queue.Queue()
+    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def look_up() -> None:
         try:
@@ -2263,6 +2337,35 @@ def addresses_of(host: str, port: int, seconds: float) -> List[Any]:
     if isinstance(result, OSError):
         raise result
     return cast(List[Any], result)
+
+
+class FreeConnections:
+    """A pool's free connections, the last one first, without a lock.
+
+    That of queue.LifoQueue could stay locked for ever when Ctrl-C or a signal handler comes in
+    between.
+    """
+
+    def __init__(self, maxsize: int) -> None:
+        self._maxsize = maxsize
+        self._items: Deque[Any] = collections.deque()
+
+    def put(self, item: Any, block: bool = True, timeout: Optional[float] = None) -> None:
+        """Add a connection, or None for one that is still to be made. Raises queue.Full."""
+        if len(self._items) >= self._maxsize:
+            raise queue.Full
+        self._items.append(item)
+
+    def get(self, block: bool = True, timeout: Optional[float] = None) -> Any:
+        """Take one out. Raises queue.Empty."""
+        try:
+            return self._items.pop()
+        except IndexError:
+            raise queue.Empty from None
+
+    def qsize(self) -> int:
+        """How many there are."""
+        return len(self._items)
 
 
 def bounded_session() -> requests.Session:  # noqa: C901 - small classes, of packages imported late
@@ -2314,9 +2417,11 @@ def bounded_session() -> requests.Session:  # noqa: C901 - small classes, of pac
     # These two names show in error messages.
     class HTTPConnectionPool(connectionpool.HTTPConnectionPool):
         ConnectionCls = Connection
+        QueueCls = FreeConnections  # type: ignore[assignment,unused-ignore]
 
     class HTTPSConnectionPool(connectionpool.HTTPSConnectionPool):
         ConnectionCls = SecureConnection
+        QueueCls = FreeConnections  # type: ignore[assignment,unused-ignore]
 
     pools = {"http": HTTPConnectionPool, "https": HTTPSConnectionPool}
     tls = create_urllib3_context()
@@ -2373,6 +2478,8 @@ class Reply:
                 size += len(piece)
                 if size > most:
                     raise Failure(Verdict.FAULT, f"the reply is longer than {most} bytes")
+                if self._limit.left() <= 0:
+                    raise socket.timeout("timed out")
                 yield piece
         except (OSError, EOFError, ValueError, HTTPException, HTTPError, zlib.error):
             raise self._limit.failure("the answer was cut: its end did not come") from None
@@ -2386,8 +2493,10 @@ class Reply:
                 yield event
                 if draft.phase is Phase.ENDED:
                     break
-        except Failure:
-            if draft.phase is not Phase.SETTLED:  # only usage was still to come
+        except Failure as failure:
+            is_over = draft.phase is Phase.SETTLED  # only usage was still to come
+            is_quiet = failure.cause is not Cause.REPLY
+            if not is_over and not (is_quiet and draft.has_end):
                 raise
         self._limit.progress(END_GRACE)
         self._read_rest()
@@ -2399,8 +2508,8 @@ class Reply:
         with contextlib.suppress(Failure):  # the status says enough
             for piece in self.pieces(MAX_ERROR_BODY):
                 data += piece
-        lines = data.decode("utf-8-sig", "replace").split("\n")
-        return parsed(next(events_in(lines)).data)
+        text = data.decode("utf-8", "replace").encode()
+        return parsed(next(events_in(lines_in([text]))).data)
 
     def close(self) -> None:
         """Give the connection back if the reply was whole and ordinary, else close it.
@@ -2495,9 +2604,9 @@ class Transport:
                 draft.headers = reply.headers
                 draft.request_id = self._request_id(reply, key)
                 if not reply.is_success:
-                    raise self._judged(reply, reply.error())
+                    raise self._judged(reply, reply.error(), key)
                 for event in reply.events(draft):
-                    text = self._take(event, draft, reply)
+                    text = self._take(event, draft, reply, key)
                     if text == "" or (text and not is_blank(text)):
                         settled = draft.phase is Phase.SETTLED
                         limit.progress(USAGE_GRACE if settled else math.inf)
@@ -2514,15 +2623,15 @@ class Transport:
             reply = self._open("GET", row, path, key, None, limit)
             with contextlib.closing(reply):
                 if reply.status != 200:
-                    raise self._judged(reply, reply.error())
+                    raise self._judged(reply, reply.error(), key)
                 body = parsed(b"".join(reply.pieces(MAX_LIST)))
                 if not isinstance(body, dict):
-                    raise self._judged(reply, body)
+                    raise self._judged(reply, body, key)
                 return body
 
     def safe(self, text: str, key: str) -> str:
         """A server's text, safe to show: in one line, without keys and account ids."""
-        used_lately = {name[2] for name in self._templates}
+        used_lately = {name[2] for name in list(self._templates)}
         return safe_line(text, {key, *used_lately, *self._keys(), *self._passwords})
 
     @contextlib.contextmanager
@@ -2536,19 +2645,21 @@ class Transport:
             failure.advice = self.safe(failure.advice, key)
             raise
 
-    def _judged(self, reply: Reply, body: object) -> Failure:
+    def _judged(self, reply: Reply, body: object, key: str) -> Failure:
         """What a reply without an answer means."""
-        failure = judge(reply.status, reply.headers, body, self._wall_clock())
+        headers = dict(reply.headers)
+        headers["location"] = self.safe(headers.get("location", ""), key)  # a host of it is shown
+        failure = judge(reply.status, headers, body, self._wall_clock())
         if failure.verdict is Verdict.UNSUITABLE and "stream_options" in str(body):
             failure.cause = Cause.OPTIONS
         return failure
 
-    def _take(self, event: Event, draft: Draft, reply: Reply) -> Optional[str]:
+    def _take(self, event: Event, draft: Draft, reply: Reply, key: str) -> Optional[str]:
         """The text of an event, None if it is no progress. Raises Failure for an error."""
         try:
             return draft.take(event)
         except ErrorInside as error:
-            raise self._judged(reply, error.body) from None
+            raise self._judged(reply, error.body, key) from None
 
     def _request_id(self, reply: Reply, key: str) -> str:
         """What the provider calls this request, "" if it does not say."""
@@ -2597,7 +2708,8 @@ class Transport:
         import requests
 
         name = (method, url, key)
-        if name not in self._templates:
+        known = self._templates.get(name)
+        if known is None:
             headers = {
                 # The default agents of libraries are turned away with a 403 (2026-09).
                 "User-Agent": f"fallback_llm/{__version__}",
@@ -2615,7 +2727,7 @@ class Transport:
                 self._templates.clear()  # keys that change all the time must not pile up
             self._templates[name] = (request, settings)
             return request, settings
-        return self._templates[name]
+        return known
 
     def _proxies(self, url: str, proxies: Mapping[str, str]) -> Dict[str, str]:
         """The proxies to use. Raises Failure if the one for this URL has no valid address.
@@ -2754,29 +2866,6 @@ class Candidate(NamedTuple):
 
     def __repr__(self) -> str:
         return f"<{self.label} {self.model}>"
-
-
-@dataclasses.dataclass(eq=False)
-class Turn:
-    """A candidate in the line of one question."""
-
-    candidate: Candidate
-    attempts: int = 0  # used, also by failures that reached the whole provider
-    requests: int = 0  # sent
-    ready_at: float = -math.inf  # the question does not ask it before
-    patience: float = 0.0  # how long the question waits for it although others are ready
-    turns: int = 0  # it has had, and lost its place with; who has had fewer comes before
-    place: int = 0  # among those who have had as many
-    had_second: bool = False  # it was asked again at once: the first time was our own fault
-    free: int = 0  # refusals that cost no attempt
-    # As it stood when the question last looked at it:
-    wait: float = 0.0  # seconds until it can be asked
-    hold: float = 0.0  # seconds until it looks again, for our own pacing
-    is_opening: bool = False  # held only since many are under way, and no limit is known
-    is_later: bool = False  # it failed lately, or somebody is trying it just now
-    has_slot: bool = False  # it is being asked
-    is_granted: bool = False  # and is being answered
-    begun: float = 0.0  # when it was asked
 
 
 MAX_GUESS = 20.0  # seconds for which a fault puts a model last: it may recover at any time
@@ -2956,15 +3045,40 @@ class Lane:
         self._gap = self._measured
 
 
+@dataclasses.dataclass(eq=False)
+class Turn:
+    """A candidate in the line of one question."""
+
+    candidate: Candidate
+    lanes: List[Lane]  # of its model, its account and its provider's host
+    attempts: int = 0  # used, also by failures that reached the whole provider
+    requests: int = 0  # sent
+    ready_at: float = -math.inf  # the question does not ask it before
+    patience: float = 0.0  # how long the question waits for it although others are ready
+    turns: int = 0  # it has had, and lost its place with; who has had fewer comes before
+    place: int = 0  # among those who have had as many
+    had_second: bool = False  # it was asked again at once: the first time was our own fault
+    free: int = 0  # refusals that cost no attempt
+    # As it stood when the question last looked at it:
+    wait: float = 0.0  # seconds until it can be asked
+    hold: float = 0.0  # seconds until it looks again, for our own pacing
+    is_opening: bool = False  # held only since many are under way, and no limit is known
+    is_later: bool = False  # it failed lately, or somebody is trying it just now
+    has_slot: bool = False  # it is being asked
+    is_granted: bool = False  # and is being answered
+    begun: float = 0.0  # when it was asked
+
+    @property
+    def paced_lanes(self) -> List[Lane]:
+        """The lanes of its model and its account; a host as a whole has no pace."""
+        return self.lanes[:2]
+
+    def lane_of(self, reach: Reach) -> Lane:
+        """The lane that a failure with this reach is about."""
+        return self.lanes[list(Reach).index(reach)]
+
+
 LaneKey = Tuple[str, str, str]  # the provider, the key and the model; "" stands for all of them
-
-
-def lane_keys(candidate: Candidate, reach: Reach = Reach.MODEL) -> List[LaneKey]:
-    """The lanes that a candidate is in, from the one with this reach on."""
-    name = candidate.row.name
-    key = candidate.key
-    keys: List[LaneKey] = [(name, key, candidate.model), (name, key, ""), (name, "", "")]
-    return keys[list(Reach).index(reach) :]
 
 
 class Health:
@@ -2996,7 +3110,8 @@ class Health:
         self, line: Sequence[Turn], pick: Callable[[float], Optional[Turn]]
     ) -> Optional[Turn]:
         """Whom `pick` chooses after a look at all turns; it has a slot if it need not wait."""
-        with self._locked() as now:  # two threads that look at once would take the same slot
+        with self._lock:
+            now = self._catch_up()  # two threads that look at once would take the same slot
             for turn in line:
                 self._look(turn, now)
             chosen = pick(now)
@@ -3010,15 +3125,14 @@ class Health:
         Not before the question's own backoff and the servers' word; nor, for a while, before our
         own pacing. Whoever failed lately, or is being tried by somebody, is asked last.
         """
-        lanes = [self._lane(key) for key in lane_keys(turn.candidate)]
-        ready_at = max(turn.ready_at, *[lane.ready_at for lane in lanes])
+        ready_at = max(turn.ready_at, *[lane.ready_at for lane in turn.lanes])
         turn.wait = max(0.0, round(ready_at - now, 6))  # less is a clock's rounding
         turn.hold = 0.0
         if self._open > 1 and turn.wait == 0:
-            turn.hold = max(lane.hold(now) for lane in self._paced_lanes(turn.candidate))
+            turn.hold = max(lane.hold(now) for lane in turn.paced_lanes)
         is_careful = (turn.candidate.row.name, turn.candidate.key) in self._careful
         turn.is_opening = turn.hold <= HOLD and not is_careful
-        is_later = any(now < max(lane.later_until, lane.leased_until) for lane in lanes)
+        is_later = any(now < max(lane.later_until, lane.leased_until) for lane in turn.lanes)
         turn.is_later = is_later and turn.attempts == 0
 
     def _take(self, turn: Turn, now: float) -> None:
@@ -3026,10 +3140,9 @@ class Health:
         turn.has_slot = True
         turn.is_granted = False
         turn.begun = now
-        for lane in self._paced_lanes(turn.candidate):
+        for lane in turn.paced_lanes:
             lane.take(now)
-        for key in lane_keys(turn.candidate):
-            lane = self._lane(key)
+        for lane in turn.lanes:
             if lane.failures:
                 lane.leased_until = now + turn.candidate.row.idle_timeout + CONNECT_TIMEOUT
 
@@ -3037,30 +3150,32 @@ class Health:
         """No turn of this line is being asked any more, whatever came of it."""
         for turn in line:
             if turn.has_slot:
+                self._news.append(functools.partial(self._end, turn))
                 turn.has_slot = False
-                self._news.append(functools.partial(self._end, turn.candidate, turn.is_granted))
 
     def granted(self, turn: Turn) -> None:
         """A request was not refused: its answer begins, or it failed for another reason."""
-        with self._locked() as now:
-            turn.is_granted = True
-            for lane in self._paced_lanes(turn.candidate):
+        with self._lock:
+            now = self._catch_up()
+            for lane in turn.paced_lanes:
                 lane.granted(turn.begun, now)
+            turn.is_granted = True
 
     def closed(self, turn: Turn) -> None:
         """Note that the caller has read enough of an answer."""
-        self._news.append(functools.partial(self._forgive, turn.candidate, turn.begun))
+        self._news.append(functools.partial(self._forgive, turn))
 
     def answered(self, turn: Turn) -> None:
         """A request was answered."""
-        with self._locked():
-            self._forgive(turn.candidate, turn.begun)
+        with self._lock:
+            self._catch_up()
+            self._forgive(turn)
 
     def failed(self, turn: Turn, failure: Failure, config: RetryConfig) -> None:
         """A request failed; notes whether that costs an attempt."""
-        with self._locked() as now:
-            candidate = turn.candidate
-            lane = self._lane(lane_keys(candidate, failure.reach)[0])
+        with self._lock:
+            now = self._catch_up()
+            lane = turn.lane_of(failure.reach)
             if failure.cause is Cause.TIME_SHARE:
                 lane.silences += 1
             is_silent = lane.silences >= SHORT_SILENCES
@@ -3071,9 +3186,9 @@ class Health:
             is_limit = failure.verdict is Verdict.RATE_LIMITED
             if is_limit and self._open > 1 and (failure.hint or 0.0) <= LONG_HINT:
                 lane.refused(turn.begun, now, failure.hint, config.backoff)
-                self._be_careful(candidate, lane)
+                self._be_careful(turn.candidate, lane)
 
-            account = self._lane(lane_keys(candidate, Reach.ACCOUNT)[0])
+            account = turn.lane_of(Reach.ACCOUNT)
             account.last_failure = self._wall_clock()
             if turn.begun >= lane.failed_at:  # those that were under way together count once
                 lane.failures += 1
@@ -3094,15 +3209,26 @@ class Health:
                 if key[:2] == account and lane is not limited:
                     lane.be_careful()
 
+    def turns(self, candidates: Iterable[Candidate]) -> List[Turn]:
+        """The turns of a new question, each with the lanes that it is in."""
+        turns = []
+        with self._lock:
+            self._catch_up()
+            for candidate in candidates:
+                name, key = candidate.row.name, candidate.key
+                lanes = [self._lane(name, key, candidate.model), self._lane(name, key, "")]
+                turns.append(Turn(candidate, [*lanes, self._lane(name, "", "")]))
+        return turns
+
     def wait_for_server(self, candidate: Candidate) -> float:
         """Seconds until the server wants to be asked again, 0 if it did not say."""
-        with self._locked() as now:
-            ends = [self._lane(key).ready_at for key in lane_keys(candidate)]
-        return max(0.0, max(ends) - now)
+        (turn,) = self.turns([candidate])
+        return max(0.0, max(lane.ready_at for lane in turn.lanes) - self._clock())
 
     def of_account(self, name: str, key: str, has_key: bool) -> ProviderHealth:
         """What is known of a provider's account, by its latest failure since its last success."""
-        with self._locked() as now:
+        with self._lock:
+            now = self._catch_up()
             known = self._lanes.get((name, key, ""), Lane())
             host = self._lanes.get((name, "", ""), Lane())
             lanes = [lane for lane in self._lanes_of(name, key) if lane.failures]
@@ -3131,8 +3257,9 @@ class Health:
 
         While one question fetches it the others wait; None: it was fetched a short time ago.
         """
-        with self._locked() as now:
-            lane = self._lane((name, "", ""))
+        with self._lock:
+            now = self._catch_up()
+            lane = self._lane(name, "", "")
             if now < lane.searching_until:
                 return HOLD
             if now < lane.search_again_at:
@@ -3142,14 +3269,16 @@ class Health:
 
     def searched(self, name: str, is_known: bool) -> None:
         """A provider's models list is known, or it could not be had."""
-        with self._locked() as now:
-            lane = self._lane((name, "", ""))
+        with self._lock:
+            now = self._catch_up()
+            lane = self._lane(name, "", "")
             lane.searching_until = now
             lane.search_again_at = now + (LIST_PAUSE if is_known else MAX_GUESS)
 
     def begin(self) -> None:
         """A question begins."""
-        with self._locked():
+        with self._lock:
+            self._catch_up()
             self._open += 1
 
     def end(self, trail: Sequence[Attempt], is_answered: bool) -> None:
@@ -3158,41 +3287,38 @@ class Health:
 
     def counts(self) -> Dict[str, int]:
         """The statistics, by name."""
-        with self._locked():
+        with self._lock:
+            self._catch_up()
             return dict(self._counts)
 
     def reset_counts(self) -> None:
         """Set all statistics to zero."""
-        with self._locked():
+        with self._lock:
+            self._catch_up()
             self._counts = dict.fromkeys(STATISTICS, 0)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[float]:
-        """Hold the lock, and catch up with the news; gives the time."""
-        with self._lock:
-            if not self._is_catching_up:  # a signal handler may have come in between
-                self._is_catching_up = True
-                try:
-                    while self._news:
-                        self._news.popleft()()
-                finally:
-                    self._is_catching_up = False
-            yield self._clock()
+    def _catch_up(self) -> float:
+        """Hear the news; the time. Whoever calls this has the lock."""
+        if not self._is_catching_up:  # a signal handler may have come in between
+            self._is_catching_up = True
+            try:
+                while self._news:
+                    self._news[0]()
+                    self._news.popleft()
+            finally:
+                self._is_catching_up = False
+        return self._clock()
 
-    def _lane(self, key: LaneKey) -> Lane:
-        """The lane with this key."""
-        lane = self._lanes.get(key)
+    def _lane(self, name: str, key: str, model: str) -> Lane:
+        """The lane of a model, or of all models, keys or both, which "" stands for."""
+        lane = self._lanes.get((name, key, model))
         if lane is None:
             if len(self._lanes) >= MOST_LANES:
                 self._forget_silent_lanes()
-            lane = self._lanes.setdefault(key, Lane())
-            if key[:2] in self._careful:
+            lane = self._lanes.setdefault((name, key, model), Lane())
+            if (name, key) in self._careful:
                 lane.be_careful()
         return lane
-
-    def _paced_lanes(self, candidate: Candidate) -> List[Lane]:
-        """The lanes of a model and of its account; a host as a whole has no pace."""
-        return [self._lane(key) for key in lane_keys(candidate)[:2]]
 
     def _lanes_of(self, name: str, key: str) -> List[Lane]:
         """All lanes of an account and of its provider as a whole."""
@@ -3210,27 +3336,25 @@ class Health:
                 del self._lanes[key]
         self._careful &= {key[:2] for key in self._lanes}
 
-    def _end(self, candidate: Candidate, was_granted: bool) -> None:
+    def _end(self, turn: Turn) -> None:
         """A request is not under way any more, and nobody is trying the candidate."""
         now = self._clock()
-        for key in lane_keys(candidate):
-            lane = self._lane(key)
+        for lane in turn.lanes:
             lane.leased_until = min(lane.leased_until, now)
-        if not was_granted:
-            for lane in self._paced_lanes(candidate):
+        if not turn.is_granted:
+            for lane in turn.paced_lanes:
                 lane.ended()
 
-    def _forgive(self, candidate: Candidate, begun: float) -> None:
-        """Forget the failures before a success that began at `begun`, not those since then."""
-        for key in lane_keys(candidate):
-            lane = self._lane(key)
+    def _forgive(self, turn: Turn) -> None:
+        """Forget the failures before the request that succeeded, not those since then."""
+        for lane in turn.lanes:
             lane.silences = 0
-            if lane.failed_at <= begun:
+            if lane.failed_at <= turn.begun:
                 lane.forgive()
-        account = self._lane(lane_keys(candidate, Reach.ACCOUNT)[0])
+        account = turn.lane_of(Reach.ACCOUNT)
         account.last_success = self._wall_clock()
-        lanes = self._lanes_of(candidate.row.name, candidate.key)
-        if all(lane.failed_at <= begun for lane in lanes):
+        lanes = self._lanes_of(turn.candidate.row.name, turn.candidate.key)
+        if all(lane.failed_at <= turn.begun for lane in lanes):
             account.failures_in_a_row = 0
 
     def _add(self, trail: Sequence[Attempt], is_answered: bool) -> None:
@@ -3289,10 +3413,10 @@ class Roster:
         if providers is None:
             self._add_rows_of_environment(settings)
 
-        self.check_keys(self.given_keys)
         for name, given in self.given_keys.items():
-            row = self.rows([name])[0]
+            (row,) = self.rows([name], "api_keys")
             self.api_keys[row.name] = given
+            self.check_keys(self.api_keys)
             if given and is_clear_text(row.base_url):
                 name = row.variable("BASE_URL")
                 raise ValueError(f"{name} must be https://... for a provider with a key")
@@ -3329,6 +3453,8 @@ class Roster:
         if name in ("timeout", "idle_timeout") and value is not None:
             check_number(name, value)
         if name == "fallback_order":
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"fallback_order must be a list, not {quoted(value)}")
             self.rows(value, name)
         if name == "api_keys":
             self.check_keys(value)
@@ -3347,19 +3473,24 @@ class Roster:
         if not isinstance(wanted, Iterable):
             wanted = [wanted]
         found = [name.strip().lower() if isinstance(name, str) else name for name in wanted]
-        unknown = [name for name in found if name not in self.all_rows]
-        if unknown or not found:
-            known = ", ".join(self.all_rows)
-            wrong = quoted(unknown[0]) if unknown else "an empty list"
-            raise ValueError(f"{what} must be one or more of {known}, not {wrong}")
+        for name in found:
+            self._check_name(name, what)
+        if not found:
+            self._check_name("", what)
         return [self.all_rows[name] for name in dict.fromkeys(found)]
+
+    def _check_name(self, name: object, what: str) -> None:
+        """Raise ValueError unless this is the name of a provider."""
+        if not isinstance(name, str) or name not in self.all_rows:
+            known = ", ".join(self.all_rows)
+            raise ValueError(f"{what} must be one or more of {known}, not {quoted(name)}")
 
     def check_keys(self, keys: object) -> None:
         """Raise ValueError unless these can be the keys of the providers."""
         if not isinstance(keys, dict):
             raise ValueError(f"api_keys must be a dict, not {type(keys).__name__}")
-        self.rows(list(keys) or None, "api_keys")
-        for name, text in keys.items():
+        for name, text in list(keys.items()):
+            self._check_name(name, "api_keys")
             if text is not None and not isinstance(text, str):
                 raise ValueError(f"api_keys[{name!r}] must be text, not {type(text).__name__}")
 
@@ -3367,18 +3498,16 @@ class Roster:
         """Raise ValueError unless these can be the models of the providers."""
         if not isinstance(models, dict):
             raise ValueError(f"models must be a dict, not {quoted(models)}")
-        self.rows(list(models) or None, "models")
-        for name, ids in models.items():
+        for name, ids in list(models.items()):
+            self._check_name(name, "models")
             check_models(f"models[{name!r}]", ids)
 
     def models_of(self, row: Provider) -> List[str]:
-        """The models of a provider. Raises ValueError if they are no list of ids."""
-        self.check_models(self.models)
+        """The models of a provider."""
         return self.models.get(row.name, [])
 
     def accounts_of(self, row: Provider) -> List[Tuple[Account, str]]:
         """The accounts of a provider, each with its key. Raises ValueError."""
-        self.check_keys(self.api_keys)
         text = self.api_keys.get(row.name) or ""
         source = "api_keys"
         if self._found[row.name][0] == text:
@@ -3397,6 +3526,7 @@ class Roster:
     def accounts(self, names: Names = None) -> List[Account]:
         """The accounts of these providers, in the order in which they are asked."""
         accounts: List[Account] = []
+        self.check_keys(self.api_keys)
         for row in self.rows(names):
             accounts.extend(account for account, _ in self.accounts_of(row))
         return accounts
@@ -3416,21 +3546,13 @@ class Roster:
             return ""
         name = row.key_env or f"the key of {row.name}"
         if key and is_clear_text(row.base_url):
-            return f"{name} would go to {row.base_url} in clear text"
+            return f"{name} would go to {host_of(row.base_url)} in clear text (http://)"
         flaw = flaw_of(key)
         if not key and self._found[row.name][0]:
             flaw = "holds a placeholder"
         if flaw and row.key_url:
             flaw += f" → get a key: {row.key_url}"
         return f"{name} {flaw}" if flaw else ""
-
-    def usable_rows(self, names: Names = None) -> List[Provider]:
-        """The rows that have a key, or need none. Raises NoProviderError if there is none."""
-        rows = self.rows(names)
-        usable = [a.provider for a in self.accounts([row.name for row in rows]) if not a.problem]
-        if usable:
-            return [row for row in rows if row.name in usable]
-        raise NoProviderError(self._without_keys(rows))
 
     def _without_keys(self, rows: Sequence[Provider]) -> str:
         """The message that none of these rows can be asked, with what to do."""
@@ -3445,8 +3567,7 @@ class Roster:
         lines.append("   " + ", ".join(row.key_env or row.name for row in rows))
         lines.extend(problems)
         unfinished = [row for row in rows if self._found[row.name][0]]
-        recommended = [row for row in rows if row.key_note]
-        best = [*unfinished, *recommended, *rows][0]
+        best = min(rows, key=lambda row: (row not in unfinished, not row.key_note))
         if best.key_env:
             note = f" ({best.name}: {best.key_note})" if best.key_note else ""
             lines.append(
@@ -3456,20 +3577,28 @@ class Roster:
         return "\n".join(lines)
 
     def candidates(self, names: Names = None, model: Optional[str] = None) -> List[Candidate]:
-        """Whom to ask, in this order. A model may be "provider:model". Raises as `rows` does."""
-        rows = self.usable_rows(names)
+        """Whom to ask, in this order. A model may be "provider:model".
+
+        Raises ValueError, and NoProviderError if none of these providers can be asked.
+        """
+        self.check_keys(self.api_keys)
+        self.check_models(self.models)
         if model is not None:
             names, model = self._model_of(names, model)
-            rows = self.usable_rows(names)
+        rows = self.rows(names)
+        if model is not None:
             listing = [row for row in rows if model in self.models_of(row)]
-            rows = listing or rows
+            rows = [row for row in listing if self.candidates_of(row, [model])] or rows
+
         candidates: List[Candidate] = []
         for row in rows:
             models = self.models_of(row) if model is None else [model]
             candidates.extend(self.candidates_of(row, models))
-        if not candidates:
+        if not candidates and any(not account.problem for account in self.accounts(names)):
             names_of_rows = ", ".join(row.name for row in rows)
             raise ValueError(f"models must name one: {names_of_rows} has none")
+        if not candidates:
+            raise NoProviderError(self._without_keys(rows))
         return candidates
 
     def candidates_of(self, row: Provider, models: Sequence[str]) -> List[Candidate]:
@@ -3493,7 +3622,9 @@ class Roster:
                 raise ValueError(f"model {quoted(model, 60)} is not of the chosen provider")
             names = prefix
             model = rest.strip()
-        elif colon and names is None and not any(model in ids for ids in self.models.values()):
+        elif (
+            colon and names is None and not any(model in ids for ids in list(self.models.values()))
+        ):
             near = nearest(prefix, list(self.all_rows))
             if near:
                 raise ValueError(f"model {quoted(model, 60)}: did you mean {near}:{rest}?")
@@ -3507,7 +3638,7 @@ class Roster:
         provider, slash, rest = candidate.model.partition("/")
         if slash and rest in self.models.get(provider, ()):
             return f"{provider}:{rest}"
-        listed = self.models[candidate.row.name]
+        listed = self.models_of(candidate.row)
         if candidate.model in listed:
             return ""
         return nearest(candidate.model, listed)
@@ -3536,7 +3667,7 @@ class Queue:
     ) -> None:
         self.deadline = deadline
         self._half_time = (clock() + deadline) / 2  # our own pacing holds nobody longer
-        self._line = [Turn(candidate) for candidate in candidates]
+        self._line = health.turns(candidates)
         self._health = health
         self._config = config
         self._clock = clock
@@ -3579,20 +3710,20 @@ class Queue:
 
         end = 1 + max(turn.place for turn in self._line)
         jitter = 0.8 + 0.2 * self._chance() if self._config.jitter else 1.0
-        reached = lane_keys(asked.candidate, failure.reach)[0]
+        reached = asked.lane_of(failure.reach)
         twins = twins_of(asked, self._line) if failure.rule.holds_for_all_keys else [asked]
         for turn in list(self._line):
             is_sibling = turn.candidate.row is asked.candidate.row
             if failure.cause is Cause.SILENCE and is_sibling:
                 turn.place = end
-            if turn in twins or reached in lane_keys(turn.candidate):
+            if turn in twins or reached in turn.lanes:
                 self._punish(turn, failure, jitter, now, end)
         if asked.place == end:
             asked.place = end + 1  # behind its siblings
 
     def add(self, candidates: Iterable[Candidate]) -> bool:
         """Put new candidates into the line; whether there are any."""
-        turns = [Turn(candidate) for candidate in candidates]
+        turns = self._health.turns(candidates)
         self._line[:0] = turns
         return bool(turns)
 
@@ -3860,8 +3991,8 @@ class Workers:
         self._function = function
         self._most = most
         self._threads: List[threading.Thread] = []
-        self._todo: queue.Queue[Any] = queue.Queue()
-        self._done: queue.Queue[Any] = queue.Queue()
+        self._todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def submit(self, number: int, item: object) -> None:
         """Have the function called for the item."""
@@ -3908,18 +4039,25 @@ def work_through(
     """The results of the function, in the order of the items, from so many threads.
 
     The items are read only as far as needed: `ahead` for each worker. An exception raised by the
-    function is re-raised immediately.
+    function is re-raised immediately; one raised by the items, after the results so far.
     """
     pool = Workers(function, workers)
-    numbered = enumerate(items)
+    numbered: Iterator[Tuple[int, Item]] = enumerate(items)
     results: Dict[int, Result] = {}
+    problem: Optional[Exception] = None  # of the items
     submitted = 0
     given = 0
     try:
         while True:
-            for number, item in itertools.islice(numbered, given + ahead * workers - submitted):
-                pool.submit(number, item)
-                submitted += 1
+            try:
+                for number, item in itertools.islice(numbered, given + ahead * workers - submitted):
+                    pool.submit(number, item)
+                    submitted += 1
+            except Exception as error:  # noqa: BLE001 - it is raised after the results
+                problem = error
+                numbered = iter(())
+            if given == submitted and problem is not None:
+                raise problem
             if given == submitted:
                 return
             while given not in results:
@@ -3939,7 +4077,12 @@ def rejection(accept: Optional[Accept], text: str) -> Optional[Failure]:
         if accept(text):
             return None
         reason = "the answer was not accepted"
-    except (ValueError, LookupError, TypeError) as error:  # as json.loads(text)["x"] raises them
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        StopIteration,
+    ) as error:  # as json.loads(text)["x"] raises them
         reason = f"the answer was not accepted: {error}"
     return Failure(Verdict.REJECTED, one_line(reason)[:MAX_LINE])
 
@@ -3987,6 +4130,11 @@ class Parts:
         """Begin with connections and locks of its own, as each process must after a fork."""
         self.transport.renew()
         self.health.renew()
+
+    def deadline_of_check(self, timeout: Optional[float]) -> float:
+        """The end of a check that may take so long. Raises ValueError."""
+        seconds = CHECK_TIMEOUT if timeout is None else check_number("timeout", timeout)
+        return self.clock() + seconds
 
     def served(self, row: Provider, key: str, deadline: float) -> List[Json]:
         """The entries of a provider's own models list. Raises Failure if it cannot be had."""
@@ -4143,14 +4291,15 @@ class Walk:
                 health.closed(turn)
             raise
 
-        if not turn.is_granted and draft.status not in (None, 429):
+        is_limit = failure is not None and failure.verdict is Verdict.RATE_LIMITED
+        if not turn.is_granted and draft.status is not None and not is_limit:
             health.granted(turn)  # no quota has refused it
         self._learn(turn, failure)
         return failure
 
     def _learn(self, turn: Turn, failure: Optional[Failure]) -> None:
         """Remember for later questions how an attempt ended."""
-        if failure is None:
+        if failure is None or failure.verdict is Verdict.REJECTED:
             self._parts.health.answered(turn)
             return
         self._parts.health.failed(turn, failure, self._config)
@@ -4214,7 +4363,7 @@ class Walk:
         """
         health = self._parts.health
         models = self._parts.roster.models
-        while gone.issuperset(models[row.name]) and not self._cancelled.is_set():
+        while gone.issuperset(models.get(row.name, ())) and not self._cancelled.is_set():
             wait = health.search(row.name)
             now = self._parts.clock()
             if wait is None or now + wait >= self._deadline:
@@ -4338,8 +4487,11 @@ class Stream(Iterator[str]):
     def __init__(self, pieces: Generator[str, None, Answer]) -> None:
         self.answer: Optional[Answer] = None  # once all pieces were read
         self._pieces = pieces
+        self._is_closed = False
 
     def __next__(self) -> str:
+        if self._is_closed:
+            self._pieces.close()
         try:
             return next(self._pieces)
         except StopIteration as end:
@@ -4355,7 +4507,9 @@ class Stream(Iterator[str]):
 
     def close(self) -> None:
         """End the request, if it is still under way."""
-        self._pieces.close()
+        self._is_closed = True
+        with contextlib.suppress(ValueError):  # another thread is reading: it closes at its next
+            self._pieces.close()
 
 
 class FallbackLLM:
@@ -4443,7 +4597,7 @@ class FallbackLLM:
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         self.fallback_order = list(state["fallback_order"])
-        self.models.update(state["models"])
+        self.models = {name: list(ids) for name, ids in state["models"].items()}
 
     def close(self) -> None:
         """Close the connections that are kept alive."""
@@ -4595,7 +4749,7 @@ class FallbackLLM:
 
         Yields each report as it is known. timeout: seconds for all of them together.
         """
-        deadline = self._parts.clock() + (CHECK_TIMEOUT if timeout is None else timeout)
+        deadline = self._parts.deadline_of_check(timeout)
         todo = []
         for row in self._roster.rows(provider):
             for account, key in self._roster.accounts_of(row):
@@ -4613,7 +4767,7 @@ class FallbackLLM:
         self, provider: Names = None, timeout: Optional[float] = None
     ) -> List[ModelList]:
         """The models that these providers serve: those that are asked first, in their order."""
-        deadline = self._parts.clock() + (CHECK_TIMEOUT if timeout is None else timeout)
+        deadline = self._parts.deadline_of_check(timeout)
         return [self._parts.model_list(row, deadline) for row in self._roster.rows(provider)]
 
     def get_stats(self) -> Dict[str, int]:

@@ -20,8 +20,20 @@ import http.client
 import io
 import itertools
 import json
+import random
 import threading
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Sequence,
+    Tuple,
+)
 from urllib.parse import urlsplit
 
 import requests
@@ -35,6 +47,7 @@ Json = Dict[str, Any]
 Script = Mapping[str, Any]  # model: a list of Reply, or of what makes one of an Asked
 EPOCH = 1790000000.0  # what the wall clock shows when the other one shows 0
 DONE = b"data: [DONE]\n\n"
+SIZE = 500  # tokens of an answer, at most
 STUCK = 10.0  # real seconds; only a test that fails waits so long
 
 
@@ -279,7 +292,8 @@ class Metered:
 
     account: quotas that all models of the provider share. takes, refuses_in: seconds until an
     answer or a refusal comes. remaining: answers tell how many more requests there is room for.
-    Quotas that are not `told` give no hint.
+    whole: hints are in whole seconds. uneven: answers take up to a quarter more or less. Quotas
+    that are not `told` give no hint.
     """
 
     def __init__(
@@ -289,12 +303,16 @@ class Metered:
         takes: float = 1.0,
         refuses_in: float = 0.05,
         remaining: bool = False,
+        whole: bool = False,
+        uneven: random.Random | None = None,
     ) -> None:
         self.quotas = [*quotas, *account]
         self.takes = takes
         self._account = account
         self._refuses_in = refuses_in
         self._remaining = remaining
+        self._whole = whole
+        self._uneven = uneven
 
     def __call__(self, asked: Asked) -> Reply:
         refused = admit(self.quotas, asked.body, asked.at)
@@ -304,9 +322,16 @@ class Metered:
                 left = min(quota.remaining for quota in self.quotas)
                 headers["x-ratelimit-remaining-requests"] = str(left)
             body = says(asked.model.upper()).body
-            return Reply(200, body, headers, takes=self.takes)
+            takes = self.takes
+            if self._uneven is not None:
+                takes *= self._uneven.uniform(0.75, 1.25)
+            return Reply(200, body, headers, takes=takes)
 
         quota, wait = refused
+        if quota.hint is not None:
+            wait = quota.hint
+        elif self._whole:
+            wait = quota.whole_seconds(wait)
         reply = limited(wait if quota.told else None, takes=self._refuses_in)
         if quota in self._account:
             metadata = {"limit_source": "openrouter_free_tier_per_minute"}
@@ -329,21 +354,25 @@ class Crowd(World):
         self.ideal = 0.0  # the same for a client that knows the quotas
         self._script = script
 
-    def ask(self, questions: int, **arguments: Any) -> None:
-        """Asks so many questions; each thread takes the next when it has done with one."""
-        self.ideal = ideal(self._script, self.threads, questions, self.clock.now)
-        todo = iter(range(questions))
+    def ask(self, questions: int | Sequence[int], **arguments: Any) -> None:
+        """Asks so many questions; each thread takes the next when it has done with one.
+
+        Instead of a number: how long the answer of each may be, in tokens.
+        """
+        sizes = [SIZE] * questions if isinstance(questions, int) else questions
+        self.ideal = ideal(self._script, self.threads, sizes, self.clock.now)
+        todo = iter(enumerate(sizes))
 
         def work() -> None:
-            for number in todo:
+            for number, size in todo:
                 try:
-                    answer = self.llm.complete(f"Where is {number}?", **arguments)
+                    answer = self.llm.complete(f"Where is {number}?", size, **arguments)
                     self.answers.append(answer)
                 except FallbackLLMError as error:
                     self.errors.append(error)
 
         start = self.clock.now
-        self.run([work] * min(self.threads, questions))
+        self.run([work] * min(self.threads, len(sizes)))
         self.took = self.clock.now - start
 
     def run(self, tasks: Iterable[Callable[[], object]]) -> None:
@@ -374,7 +403,7 @@ class Crowd(World):
         )
 
 
-def ideal(script: Script, threads: int, questions: int, now: float) -> float:
+def ideal(script: Script, threads: int, sizes: Sequence[int], now: float) -> float:
     """Seconds until a client that knows the quotas of the models has all answers.
 
     Whenever a thread is free and a model has quota left, it asks: the quickest of those.
@@ -384,15 +413,15 @@ def ideal(script: Script, threads: int, questions: int, now: float) -> float:
     models.sort(key=lambda model: model.takes)
     if not models:
         return 0.0
-    body = {"messages": [{"role": "user", "content": "Where is 0?"}], "max_tokens": 500}
+    bodies = [body_of(size) for size in sizes]
     start = now
     begun = 0
     ends: list[float] = []  # of those that are under way; a heap
-    while begun < questions:
+    while begun < len(bodies):
         waits = []
         for model in models:
-            while begun < questions and len(ends) < threads:
-                refused = admit(model.quotas, body, now)
+            while begun < len(bodies) and len(ends) < threads:
+                refused = admit(model.quotas, bodies[begun], now)
                 if refused is not None:
                     waits.append(refused[1])
                     break
@@ -402,3 +431,41 @@ def ideal(script: Script, threads: int, questions: int, now: float) -> float:
         while ends and ends[0] <= now:
             heapq.heappop(ends)
     return max(ends, default=now) - start
+
+
+def simple(models: Sequence[Metered], threads: int, sizes: Sequence[int]) -> float:
+    """Seconds until the usual client has all answers: it asks the first model that does not rest.
+
+    After a 429 a model rests for all threads as long as the last Retry-After says, or 2 seconds.
+    """
+    rests = [0.0] * len(models)
+    todo = iter(sizes)
+    now = 0.0
+
+    def work() -> Iterator[float]:
+        for size in todo:
+            while True:
+                number = min(range(len(models)), key=lambda n: (max(now, rests[n]), n))
+                if rests[number] > now:
+                    yield rests[number] - now
+                    continue
+                reply = models[number](Asked("a", now, "", {}, body_of(size)))
+                yield reply.takes
+                if reply.status == 200:
+                    break
+                rest = float(reply.headers.get("Retry-After", 2.0))
+                rests[number] = max(rests[number], now + max(rest, 0.001))
+
+    waiting = [(0.0, number, work()) for number in range(threads)]
+    numbers = itertools.count(threads)
+    while waiting:
+        now, _, thread = heapq.heappop(waiting)
+        for seconds in thread:
+            heapq.heappush(waiting, (now + seconds, next(numbers), thread))
+            break
+    return now
+
+
+def body_of(size: int) -> Json:
+    """What a question sends whose answer may be of so many tokens."""
+    return {"messages": [{"role": "user", "content": "Where is 0?"}], "max_tokens": size}

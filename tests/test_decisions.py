@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import pytest
 
@@ -11,30 +11,33 @@ from fallback_llm import (
     MAX_HINT,
     PROVIDERS,
     VERDICT_RULES,
+    Account,
     Candidate,
+    Cause,
     Failure,
     Health,
-    Option,
     Provider,
     Queue,
+    Reach,
     RetryConfig,
     Turn,
     Verdict,
     check_number,
-    first_choice,
     judge,
 )
 
 NOW = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
-LIMITED = (Verdict.RATE_LIMITED, False)
-ACCOUNT_LIMITED = (Verdict.RATE_LIMITED, True)
-FAULT = (Verdict.FAULT, False)
-DOWN = (Verdict.FAULT, True)
-UNSUITABLE = (Verdict.UNSUITABLE, False)
-GONE = (Verdict.GONE, False)
-DENIED = (Verdict.DENIED, True)
-REFUSED = (Verdict.REFUSED, False)
-REJECTED = (Verdict.REJECTED, False)
+LIMITED = (Verdict.RATE_LIMITED, Reach.MODEL)
+ACCOUNT_LIMITED = (Verdict.RATE_LIMITED, Reach.ACCOUNT)
+FAULT = (Verdict.FAULT, Reach.MODEL)
+DOWN = (Verdict.FAULT, Reach.PROVIDER)
+UNSUITABLE = (Verdict.UNSUITABLE, Reach.MODEL)
+GONE = (Verdict.GONE, Reach.MODEL)
+DENIED = (Verdict.DENIED, Reach.ACCOUNT)
+UNPAID = (Verdict.DENIED, Reach.MODEL)
+REFUSED = (Verdict.REFUSED, Reach.MODEL)
+REJECTED = (Verdict.REJECTED, Reach.MODEL)
+NO_SUCH_PATH = (Verdict.UNSUITABLE, Reach.PROVIDER)
 
 
 def flat(code: Any = None, message: Any = "", type: str = "x_error", **more: Any) -> Any:
@@ -62,7 +65,7 @@ def judged(status: int, body: Any = "", **headers: str) -> Failure:
 
 def ruling(status: int, body: Any = "", **headers: str) -> Any:
     failure = judged(status, body, **headers)
-    return failure.verdict, failure.reaches_provider
+    return failure.verdict, failure.reach
 
 
 def lines(text: str) -> list[str]:
@@ -82,7 +85,8 @@ STATUSES = {
     FAULT: [408, 409, 424, 425, 498, 499, 500, 502, 503, 504, 520, 524, 529, 599],
     DOWN: [300, 302, 307, 308, 399],
     UNSUITABLE: [400, 405, 413, 415, 422, 426, 431, 451, 497],
-    DENIED: [401, 402],
+    DENIED: [401],
+    UNPAID: [402],
 }
 PAGE = "<!DOCTYPE html><html><head><title>Sorry</title></head></html>"
 NO_JSON: list[Any] = ["", "oops", PAGE, "error code: 1020"]
@@ -383,7 +387,8 @@ CASES = {
     "supplier: a model it does not have": (403, nested(403, "Provider returned error"), GONE),
     "raw is heard only of a supplier": (502, meta(raw='{"code":"model_archived"}'), FAULT),
     "inside: a status": (200, nested(429, "m"), LIMITED),
-    "inside: a status as text": (200, nested("402", "m"), DENIED),
+    "inside: a status as text": (200, nested("401", "m"), DENIED),
+    "inside: the status of a bill": (200, nested("402", "m"), UNPAID),
     "inside: a code": (200, nested("model_not_found", "m"), GONE),
     "inside: status_code beside it": (200, {"status_code": 401, "error": {"code": ""}}, DENIED),
     "inside: status_code in it": (200, nested("x", "m", status_code=400), UNSUITABLE),
@@ -402,6 +407,43 @@ CASES = {
     "inside: nothing known": (200, nested("x", "Generation broke off"), FAULT),
     "inside: just a word": (200, {"error": "boom"}, FAULT),
     "from 300 its own status wins": (300, nested(429, "m"), DOWN),
+    "a quota with a time is a limit": (
+        429, nested(429, "You exceeded your current quota. Please retry in 1.5s."), LIMITED
+    ),
+    "inside: a quota with a time": (
+        200, nested("insufficient_quota", "Please retry in 1.5s."), LIMITED
+    ),
+    "a quota without a time": (429, nested(429, "You exceeded your current quota"), DENIED),
+    "a time does not pay a bill": (402, nested("x", "Add credits. Try again in 5s"), UNPAID),
+    "a bill without a card": (402, flat("payment_required", "Add a card."), DENIED),
+    "a key of which all is spent": (402, meta(limit_source="openrouter_key_limit"), DENIED),
+    "no credit for this model": (402, meta(limit_source="openrouter_credits"), UNPAID),
+    "a key that is not valid, sent as 400": (400, nested(400, "API key not valid."), DENIED),
+    "an invalid key, sent as 400": (400, nested(None, "Invalid API key: x"), DENIED),
+    "an incorrect key, sent as 404": (404, nested(None, "Incorrect API key"), DENIED),
+    "too dear a question": (402, nested(402, "Prompt tokens limit exceeded: 9 > 5"), UNPAID),
+    "supplier: its 404": (404, routed(""), FAULT),
+    "supplier: its 404, with its words": (404, routed("The model m does not exist"), FAULT),
+    "supplier: its 404 inside": (200, nested(404, "Provider returned error"), FAULT),
+    "supplier: its account, by its code": (403, routed('{"code":"account_closed"}'), FAULT),
+    "supplier: its account, in words": (403, routed("Your account was suspended"), FAULT),
+    "supplier: its credit": (403, routed("All credit is spent"), FAULT),
+    "supplier: its network, with a 403": (403, routed("Check your network settings"), FAULT),
+    "nobody can do what is asked": (
+        404, nested(404, "No endpoints found that support image input"), UNSUITABLE
+    ),
+    "nobody is there for a moment": (404, nested(404, "No endpoints available"), FAULT),
+    "nobody is there for good": (404, nested(404, "No endpoints found for m."), GONE),
+    "no such path, by its code": (404, nested("unknown_url", "m"), NO_SUCH_PATH),
+    "no such path, in words": (404, nested(None, "Unknown request URL: POST /x"), NO_SUCH_PATH),
+    "no such path, in others": (404, nested(None, "Invalid URL (POST /v1/v1/x)"), NO_SUCH_PATH),
+    "no such path, as Express says it": (404, nested(None, "Cannot POST /x"), NO_SUCH_PATH),
+    "no such path, as others say it": (404, {"detail": "Route not found"}, NO_SUCH_PATH),
+    "the door of a proxy": (407, "", (Verdict.UNSUITABLE, Reach.PROVIDER)),
+    "every error of a list": (
+        500, {"errors": [{"message": "No."}, {"code": "model_not_found"}]}, GONE
+    ),
+    "a sentence is no code": (429, {"error": "Refused by moderation"}, LIMITED),
 }
 # fmt: on
 
@@ -417,6 +459,44 @@ def test_x_should_retry_false_makes_a_limit_a_fault() -> None:
     assert ruling(429, flat("request_quota_exceeded"), x_should_retry="false") == FAULT
     assert ruling(429, flat("request_quota_exceeded"), x_should_retry="true") == LIMITED
     assert ruling(404, flat("model_not_found"), x_should_retry="false") == GONE
+
+
+ADVICES = {
+    "redirect": (302, "", "check {base_url}: the server redirects to new.test"),
+    "a web page": (404, PAGE, "check {base_url}: a web page answered, not an API"),
+    "a text": (404, "no such page", "check {base_url}: no API answered"),
+    "a method": (405, "", "check {base_url}: no API answered"),
+    "a path": (
+        404, nested("unknown_url"), "check {base_url}: the server does not know this path"
+    ),
+    "nothing that tells": (
+        404, {"detail": "Not Found"}, "or check {base_url}"
+    ),
+    "a proxy": (407, "", "check the user and password in HTTPS_PROXY"),
+    "too dear": (
+        402, nested(402, "Fewer max_tokens"), "max_tokens"
+    ),
+    "too dear, by its source": (
+        402, nested(402, "9 tokens", metadata={"limit_source": "openrouter_credits"}), "max_tokens"
+    ),
+    "unpaid": (402, "", ""),
+    "a limit": (429, "", ""),
+    "a model": (404, nested("model_not_found"), ""),
+    "a page of a gate": (503, PAGE, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "body", "advice"), ADVICES.values(), ids=list(ADVICES))
+def test_advice_where_the_verdict_has_none_that_fits(status: int, body: Any, advice: str) -> None:
+    """Names in braces are those of the provider's variables."""
+    found = judged(status, body, location="https://new.test/v2?key=x").advice
+    assert advice in found
+    assert bool(advice) == bool(found)
+
+
+def test_advice_for_a_redirect_that_does_not_say_where_to() -> None:
+    assert judged(301).advice == "check {base_url}: the server redirects to another address"
+    assert "another address" in judged(301, location="https://[").advice
 
 
 SERVER = "500 Server Error: Internal Server Error"
@@ -486,8 +566,8 @@ HINTS: dict[str, tuple[dict[str, str], Any, float | None]] = {
     "error.retry_after": ({}, nested(1, AGAIN, retry_after=5.5, metadata=ECHO), 5.5),
     "5 echoed Retry-After": ({}, nested(1, AGAIN, metadata=ECHO), 6),
     "6 text": ({"x_ratelimit_reset": RESET}, nested(1, AGAIN, metadata={"headers": "x"}), 7),
-    "7 echo": ({"x_ratelimit_reset": RESET}, meta(headers={"X-RATELIMIT-RESET": NOW + 8}), 8),
-    "8 reset": ({"x_ratelimit_reset": RESET}, "", 9),
+    "7 reset": ({"x_ratelimit_reset": RESET}, meta(headers={"X-RATELIMIT-RESET": NOW + 8}), 9),
+    "8 echoed reset": ({}, meta(headers={"X-RATELIMIT-RESET": NOW + 8}), 8),
     "reset in milliseconds": ({"x_ratelimit_reset": IN_MS}, "", 9),
     "reset is past": ({"x_ratelimit_reset": str(NOW - 9)}, "", None),
     "none": ({}, "", None),
@@ -509,6 +589,37 @@ HINTS: dict[str, tuple[dict[str, str], Any, float | None]] = {
     "per minute is no hint": ({}, flat("token_quota_exceeded", "Tokens per minute"), None),
     "a hint of what is in flight": ({"retry_after": "120"}, nested(402, "m", **IN_FLIGHT), 120),
     "a hint wins over per day": ({}, nested(1, "9 per day (RPD). Try again in 1m31.2s."), 91.2),
+    "a duration": ({"retry_after": "1m30s"}, AGAIN, 90),
+    "sent twice": ({"retry_after": "30, 30"}, AGAIN, 30),
+    "a date sent twice": ({"retry_after": f"{AT.format('44')}, {AT.format('44')}"}, AGAIN, 44),
+    "an ISO date": ({"retry_after": "2027-01-15T08:00:30Z"}, AGAIN, 30),
+    "an ISO date of elsewhere": ({"retry_after": "2027-01-15T09:00:30.5+01:00"}, AGAIN, 30.5),
+    "an ISO date by its clock": (
+        {"retry_after": "2027-01-15T08:00:30Z", "date": AT.format("04")}, AGAIN, 26
+    ),
+    "an instant": ({"retry_after": RESET}, AGAIN, 9),
+    "an instant by its clock": ({"x_ratelimit_reset": RESET, "date": AT.format("04")}, "", 5),
+    "an ISO date in words": ({}, "Try again at 2027-01-15T08:00:50Z.", 50),
+    "RetryInfo": ({}, nested(429, "m", details=[{"@type": "x"}, {"retryDelay": "1.5s"}]), 1.5),
+    "reset of requests": ({"x_ratelimit_reset_requests": "30s"}, "", 30),
+    "reset, not of requests in words": ({"ratelimit_reset": "12"}, "", 12),
+    "a maker's own name": ({"maker_ratelimit_requests_reset": "2027-01-15T08:01:00Z"}, "", 60),
+    "the later of two resets": (
+        {"x_ratelimit_reset_requests": "1m26.4s", "x_ratelimit_reset_tokens": "480ms"}, "", 86.4
+    ),
+    "only of what is used up": (
+        {
+            "x_ratelimit_reset_requests": "9s",
+            "x_ratelimit_remaining_requests": "0",
+            "x_ratelimit_reset_tokens": "90s",
+            "x_ratelimit_remaining_tokens": "5",
+        },
+        "",
+        9,
+    ),
+    "nothing is used up": (
+        {"x_ratelimit_reset_tokens": "90s", "x_ratelimit_remaining_tokens": "5"}, "", None
+    ),
 }
 # fmt: on
 
@@ -540,6 +651,7 @@ DURATIONS = {
     172800: ["retry in 2 days"],
     3720: ["try again in 1h2m0s", "try again in 1h 2m", "try again in 1 hour, 2 minutes"],
     40: ["Retry after 40 seconds.", "retry after 40", "wait for 40s", "try again in about 40 s"],
+    20: ["Retry in approximately 20 seconds", "available in at least 20 s", "resets in ~20s"],
     math.nan: [
         *["", "in 5s", "try again soon", "retry after in-flight requests", "retry in 1 month"],
         *["try again in 850us", "try again in 2 weeks", "again after 2026-11-23"],
@@ -571,52 +683,32 @@ B = Provider("b", "https://b.test", "KEY", ("1", "2"))
 
 
 def candidate(name: str) -> Candidate:
-    """The candidate of a name such as "a1"."""
-    return Candidate(A if name[0] == "a" else B, name)
+    """The candidate of a name such as "a1", or "a1x" if it is asked with the key x."""
+    row = A if name[0] == "a" else B
+    account = Account(row.name, 1, row.name, "", "")
+    return Candidate(row, name[:2], "1/1", account, name[2:])
 
 
-def option(name: str, wait: float = 0.0, patience: float = 0.0) -> Option:
-    return Option(Turn(candidate(name)), wait, patience)
-
-
-LINES = {
-    "nobody": ([], 60, None),
-    "the first": ([option("a1"), option("b1")], 60, ("a1", 0)),
-    "who is ready passes": ([option("a1", 5), option("b1")], 60, ("b1", 0)),
-    "within its patience": ([option("a1", 5, 5), option("b1")], 60, ("a1", 5)),
-    "beyond it": ([option("a1", 5.1, 5), option("b1")], 60, ("b1", 0)),
-    "without patience": ([option("a1", 0.5), option("b1")], 60, ("b1", 0)),
-    "the soonest": ([option("a1", 9), option("b1", 3), option("b2", 4)], 60, ("b1", 3)),
-    "the first of two": ([option("a1", 3), option("b1", 3)], 60, ("a1", 3)),
-    "patience before the soonest": ([option("a1", 5, 9), option("b1", 3)], 60, ("a1", 5)),
-    "patience, in the limit": ([option("a1", 5, 9), option("b1", 3)], 4, ("b1", 3)),
-    "patience, at the limit": ([option("a1", 5, 5), option("b1", 3)], 5, ("a1", 5)),
-    "the soonest, at the limit": ([option("a1", 5)], 5, ("a1", 5)),
-    "beyond the limit": ([option("a1", 5)], 4.9, None),
-    "no time left": ([option("a1")], -1, None),
-}
-
-
-@pytest.mark.parametrize(("line", "limit", "expected"), LINES.values(), ids=list(LINES))
-def test_first_choice(line: list[Option], limit: float, expected: Any) -> None:
-    """The first whose wait is within its patience, else the soonest; within the limit."""
-    choice = first_choice(line, limit)
-    assert (choice and (choice.turn.candidate.model, choice.wait)) == expected
+def name_of(turn: Turn) -> str:
+    return turn.candidate.model + turn.candidate.key
 
 
 class Line:
     """A queue of a1, a2 and b1 at 100 seconds, in a time that stands still."""
 
     def __init__(
-        self, config: RetryConfig, chance: float = 0.0, time_left: float = math.inf
+        self,
+        config: RetryConfig,
+        chance: float = 0.0,
+        time_left: float = math.inf,
+        names: Sequence[str] = ("a1", "a2", "b1"),
     ) -> None:
         self.now = 100.0
-        health = Health(self.clock, self.clock)
-        names = ("a1", "a2", "b1")
+        self._health = Health(self.clock, self.clock)
         self.queue = Queue(
             [candidate(name) for name in names],
             self.now + time_left,
-            health,
+            self._health,
             config,
             self.clock,
             lambda: chance,
@@ -625,26 +717,104 @@ class Line:
     def clock(self) -> float:
         return self.now
 
+    def rest(self, name: str, seconds: float) -> None:
+        """Another question is told to wait for a candidate; it is not asked last for that."""
+        limit = Failure(Verdict.RATE_LIMITED, "", hint=seconds)
+        (turn,) = self._health.turns([candidate(name)])
+        self._health.failed(turn, limit, RetryConfig(base_delay=0))
+
     def fail(self, failure: Failure) -> str:
         """Whoever is next fails, after its wait. Returns its name."""
-        step = self.queue.next()
-        assert step is not None
-        self.now += step.wait
-        self.queue.failed(step.turn, failure)
-        return step.turn.candidate.model
+        while True:
+            with self.queue.next() as turn:
+                assert turn is not None
+                if turn.wait == 0:
+                    self.queue.failed(turn, failure)
+                    return name_of(turn)
+                self.now += turn.wait
+
+    def first(self) -> Any:
+        """Who is next, and after which wait; None if nobody is."""
+        with self.queue.next() as turn:
+            return turn and (name_of(turn), turn.wait)
 
     def order(self) -> list[Any]:
         """Who would be asked, one after the other, and after which waits, if nobody answered.
 
         Each one is taken out in its turn, while no time passes.
         """
-        found = []
-        step = self.queue.next()
-        while step is not None:
-            found.append((step.turn.candidate.model, pytest.approx(step.wait)))
-            self.queue.failed(step.turn, Failure(Verdict.UNSUITABLE, ""))
-            step = self.queue.next()
-        return found
+        found: list[Any] = []
+        while True:
+            with self.queue.next() as turn:
+                if turn is None:
+                    return found
+                found.append((name_of(turn), turn.wait))
+                self.queue.failed(turn, Failure(Verdict.GONE, ""))
+
+
+# Who stands in line, the seconds until each can be asked, and the patience of the first one; the
+# longest wait, who is next.
+LINES: dict[str, tuple[dict[str, float], float, float, Any]] = {
+    "the first": ({"a1": 0, "b1": 0}, 0, 60, ("a1", 0)),
+    "who is ready passes": ({"a1": 5, "b1": 0}, 0, 60, ("b1", 0)),
+    "within its patience": ({"a1": 5, "b1": 0}, 5, 60, ("a1", 5)),
+    "beyond it": ({"a1": 5.1, "b1": 0}, 5, 60, ("b1", 0)),
+    "without patience": ({"a1": 0.5, "b1": 0}, 0, 60, ("b1", 0)),
+    "the soonest": ({"a1": 9, "b1": 3, "b2": 4}, 0, 60, ("b1", 3)),
+    "the first of two": ({"a1": 3, "b1": 3}, 0, 60, ("a1", 3)),
+    "patience before the soonest": ({"a1": 5, "b1": 3}, 9, 60, ("a1", 5)),
+    "patience, at the limit": ({"a1": 5, "b1": 3}, 5, 5, ("a1", 5)),
+    "the soonest, at the limit": ({"a1": 5}, 0, 5, ("a1", 5)),
+    "beyond the limit": ({"a1": 5}, 0, 4.9, None),
+}
+
+
+@pytest.mark.parametrize(
+    ("waits", "patience", "limit", "expected"), LINES.values(), ids=list(LINES)
+)
+def test_first_choice(
+    waits: dict[str, float], patience: float, limit: float, expected: Any
+) -> None:
+    """The first whose wait is within its patience, else the soonest; within the limit."""
+    config = RetryConfig(base_delay=patience, max_delay=limit, jitter=False)
+    line = Line(config, names=list(waits))
+    if patience:
+        line.fail(Failure(Verdict.RATE_LIMITED, ""))  # it is waited for as long as its backoff
+        line.now += max(0.0, patience - waits["a1"])
+    for name, wait in waits.items():
+        line.rest(name, wait)
+    assert line.first() == expected
+
+
+# Seconds until a1, which is worth 9, and b1 can be asked; the time that is left, who is next.
+ENDINGS: dict[str, tuple[float, float, float, Any]] = {
+    "patience for half of the time": (5, 3, 10, ("a1", 5)),
+    "and no longer": (5, 3, 9.9, ("b1", 3)),
+    "before the end": (5, 3, 3.01, ("b1", 3)),
+    "not at the end": (5, 3, 3, None),
+    "no time left": (0, 0, -1, None),
+}
+
+
+@pytest.mark.parametrize(("a1", "b1", "time_left", "expected"), ENDINGS.values(), ids=list(ENDINGS))
+def test_first_choice_before_the_time_is_up(
+    a1: float, b1: float, time_left: float, expected: Any
+) -> None:
+    """The others need some of it, too; a wait up to its end would leave none for an answer."""
+    line = Line(
+        RetryConfig(base_delay=9, jitter=False), time_left=9 - a1 + time_left, names=["a1", "b1"]
+    )
+    if a1:
+        line.fail(Failure(Verdict.RATE_LIMITED, ""))
+        line.now += 9 - a1
+    else:
+        line.now += 9
+    line.rest("b1", b1)
+    assert line.first() == expected
+
+
+def test_nobody_is_left_of_nobody() -> None:
+    assert Line(RetryConfig(), names=[]).first() is None
 
 
 PLAIN = RetryConfig(jitter=False, max_delay=100.0)
@@ -684,13 +854,14 @@ MOVES: dict[str, Any] = {
     "with its hint": (0, FAULT, 9.0, PLAIN, 0, [A2, B1, a1(9)]),
     "a fault again": (2, FAULT, None, PLAIN, 0, [A2, B1, a1(8)]),
     "a fault after the last attempt": (4, FAULT, None, PLAIN, 0, [A2, B1]),
-    "what was not accepted goes to the end": (0, REJECTED, None, PLAIN, 0, [A2, B1, a1(2)]),
+    "what was not accepted is out": (0, REJECTED, None, PLAIN, 0, [A2, B1]),
     "unsuitable is out": (0, UNSUITABLE, None, PLAIN, 0, [A2, B1]),
     "gone is out": (0, GONE, None, PLAIN, 0, [A2, B1]),
     "refused is out": (0, REFUSED, None, PLAIN, 0, [A2, B1]),
     "denied takes all models": (0, DENIED, None, PLAIN, 0, [B1]),
+    "unpaid is out": (0, UNPAID, None, PLAIN, 0, [A2, B1]),
     "a provider's fault moves all, itself the last": (0, DOWN, None, PLAIN, 0, [B1, a2(2), a1(2)]),
-    "a provider's limit holds for all": (
+    "an account's limit holds for all": (
         0, ACCOUNT_LIMITED, None, PLAIN, 0, [a1(2), a2(2), B1]
     ),
     "and moves all when it is long": (
@@ -706,11 +877,11 @@ MOVES: dict[str, Any] = {
 @pytest.mark.parametrize("move", MOVES.values(), ids=list(MOVES))
 def test_who_comes_after_a_failure(move: Any) -> None:
     """Who is out, who keeps the place, who goes to the end; and how long each is not asked."""
-    attempts, (verdict, reaches_provider), hint, config, chance, expected = move
+    attempts, (verdict, reach), hint, config, chance, expected = move
     line = Line(config, chance)
     for _ in range(attempts):
         assert line.fail(Failure(Verdict.RATE_LIMITED, "")) == "a1"
-    assert line.fail(Failure(verdict, "", reaches_provider, hint=hint)) == "a1"
+    assert line.fail(Failure(verdict, "", reach, hint=hint)) == "a1"
     assert line.order() == expected
 
 
@@ -734,33 +905,109 @@ def test_the_next_one_needs_time_too(time_left: float, hint: Any, expected: Any)
 def test_silence_sends_the_siblings_behind_the_other_providers() -> None:
     """They are ready, but whoever serves them is suspect; the silent one comes last of all."""
     line = Line(PLAIN)
-    line.fail(Failure(Verdict.FAULT, "", delays_siblings=True))
+    line.fail(Failure(Verdict.FAULT, "", cause=Cause.SILENCE))
     assert line.order() == [B1, A2, a1(2)]
 
 
 def test_everybody_has_a_turn_before_anybody_has_two() -> None:
     """A silent model does not starve its healthy sibling."""
     line = Line(PLAIN)
-    silence = Failure(Verdict.FAULT, "", delays_siblings=True)
+    silence = Failure(Verdict.FAULT, "", cause=Cause.SILENCE)
     assert [line.fail(silence) for _ in range(3)] == ["a1", "b1", "a2"]
 
 
 def test_a_connection_that_was_closed_meanwhile_is_opened_again_at_once() -> None:
     """Once: it is an attempt of its own, and the second one is a fault like any other."""
     line = Line(PLAIN)
-    stale = Failure(Verdict.FAULT, "", is_stale=True)
+    stale = Failure(Verdict.FAULT, "", cause=Cause.STALE)
     assert line.fail(stale) == "a1"
     assert line.fail(stale) == "a1"
     assert line.order() == [A2, B1, a1(4)]
 
 
+def test_a_question_without_refused_options_is_asked_at_once() -> None:
+    """Once: whoever refuses them for ever is unsuitable like any other."""
+    line = Line(PLAIN)
+    options = Failure(Verdict.UNSUITABLE, "", cause=Cause.OPTIONS)
+    assert line.fail(options) == "a1"
+    assert line.fail(options) == "a1"
+    assert line.order() == [A2, B1]
+
+
 def test_without_any_network_there_is_one_more_round() -> None:
     """When nobody could be reached at all, it is our own network that is down."""
     line = Line(PLAIN)
-    unreachable = Failure(Verdict.FAULT, "", is_unreachable=True)
+    unreachable = Failure(Verdict.FAULT, "", cause=Cause.UNREACHABLE)
     asked = [line.fail(unreachable) for _ in range(6)]
     assert sorted(asked[:3]) == sorted(asked[3:]) == ["a1", "a2", "b1"]
     assert line.order() == []
+
+
+KEYS: dict[str, Any] = {  # how the first key fails, the server's hint; who comes next
+    "a limit": (LIMITED, None, ["a1y 0", "a1x 2", "a2x 0", "a2y 0"]),
+    "a long limit": (LIMITED, 9, ["a1y 0", "a2x 0", "a2y 0", "a1x 9"]),
+    "a limit of the account": (ACCOUNT_LIMITED, 9, ["a1y 0", "a2y 0", "a2x 9", "a1x 9"]),
+    "a key that is refused": (DENIED, None, ["a1y 0", "a2y 0"]),
+    "a fault": (FAULT, None, ["a1y 0", "a2x 0", "a2y 0", "a1x 2"]),
+    "no connection": (DOWN, None, ["a1y 2", "a2x 2", "a2y 2", "a1x 2"]),
+    "a model that this key may not ask": (GONE, None, ["a1y 0", "a2x 0", "a2y 0"]),
+    "a question that does not suit it": (UNSUITABLE, None, ["a2x 0", "a2y 0"]),
+    "an answer that was not accepted": (REJECTED, None, ["a2x 0", "a2y 0"]),
+}
+
+
+@pytest.mark.parametrize(("ruling", "hint", "expected"), KEYS.values(), ids=list(KEYS))
+def test_who_comes_after_a_failure_with_one_of_two_keys(
+    ruling: Any, hint: Any, expected: list[str]
+) -> None:
+    """What is said of a key leaves the other one; what is said of the model holds for both."""
+    line = Line(PLAIN, names=["a1x", "a1y", "a2x", "a2y"])
+    assert line.fail(Failure(ruling[0], "", ruling[1], hint=hint)) == "a1x"
+    assert [f"{name} {wait:g}" for name, wait in line.order()] == expected
+
+
+def test_with_two_keys_the_one_that_is_ready_first_is_asked() -> None:
+    """Nobody waits for a key while the other one may be used."""
+    line = Line(PLAIN, names=["a1x", "a1y"])
+    line.rest("a1x", 9)
+    line.rest("a1y", 3)
+    assert line.first() == ("a1y", 3)
+
+
+SHARES: dict[str, tuple[float, float, bool]] = {  # the time that is left, until b1 is ready
+    "another one is ready": (10, 0, True),
+    "another one will be ready in time": (10, 9.8, True),
+    "another one will be too late": (10, 9.95, False),
+    "too little to be shared": (0.19, 0, False),
+    "just enough": (0.21, 0, True),
+}
+
+
+@pytest.mark.parametrize(("time_left", "wait", "shares"), SHARES.values(), ids=list(SHARES))
+def test_an_attempt_leaves_half_of_the_time(time_left: float, wait: float, shares: bool) -> None:
+    """For whoever can be asked in the other half."""
+    line = Line(PLAIN, time_left=time_left, names=["a1", "b1"])
+    line.rest("b1", wait)
+    with line.queue.next() as turn:
+        assert turn is not None
+        ends_in = line.queue.deadline_for(turn) - line.now
+    assert ends_in == pytest.approx(time_left / 2 if shares else time_left)
+
+
+def test_the_last_one_has_all_the_time() -> None:
+    """As has everybody where there is no limit."""
+    for line in (Line(PLAIN, time_left=10, names=["a1"]), Line(PLAIN)):
+        with line.queue.next() as turn:
+            assert turn is not None
+            assert line.queue.deadline_for(turn) == line.queue.deadline
+
+
+def test_who_is_added_comes_first() -> None:
+    """Models of a provider's own list are asked when all others have failed."""
+    line = Line(PLAIN)
+    assert not line.queue.add([])
+    assert line.queue.add([candidate("b3"), candidate("b4")])
+    assert line.order() == [("b3", 0), ("b4", 0), ("a1", 0), A2, B1]
 
 
 # --- What is refused at birth -------------------------------------------------------------------
@@ -768,10 +1015,10 @@ def test_without_any_network_there_is_one_more_round() -> None:
 NAN = math.nan
 INF = math.inf
 NUMBERS: dict[str, tuple[float, float, list[Any]]] = {
-    "max_attempts": (1, 1000, [0, 1001, 2.0, "5", True, None, NAN]),
+    "max_attempts": (1, 1000, [0, 1001, 2.5, "5", True, None, NAN]),
     "max_tokens": (1, 1000000, [0, 1000001, 1.5, True]),
-    "max_workers": (1, 1000, [0, 1001, 8.0]),
-    "workers": (1, 1000, [0, 1001, 8.0]),
+    "max_workers": (1, 1000, [0, 1001, 8.5]),
+    "workers": (1, 1000, [0, 1001, 8.5]),
     "base_delay": (0, 1e9, [-0.1, 1.1e9, NAN, INF, -INF, "2", None, True, False, [2], 2j]),
     "max_delay": (0, 1e9, [-0.1, 1.1e9, NAN, INF, "2", None, True]),
     "exponential_base": (1, 1e9, [0.9, 1.1e9, NAN, INF, "2", None, True]),
@@ -796,6 +1043,12 @@ def test_numbers_that_cannot_be_meant(name: str) -> None:
                 RetryConfig(**{**config, name: value})
 
 
+def test_a_whole_number_may_be_a_float() -> None:
+    """As pandas writes a column with gaps: 100.0 is 100."""
+    assert repr(check_number("max_tokens", 100.0)) == "100"
+    assert repr(RetryConfig(max_attempts=2.0).max_attempts) == "2"  # type: ignore[arg-type]
+
+
 def test_retry_config() -> None:
     """The defaults are the documented ones, and the delays agree with each other."""
     assert RetryConfig() == RetryConfig(5, 2.0, 60.0, 2.0, True, True)
@@ -817,7 +1070,7 @@ def test_verdicts() -> None:
         "gone": (False, True, 600.0),
         "denied": (False, True, 600.0),
         "refused": (False, False, 0.0),
-        "rejected": (True, False, 0.0),
+        "rejected": (False, False, 0.0),
     }
 
 
@@ -830,7 +1083,7 @@ def test_a_providers_row() -> None:
     assert not row.free_only
     assert row.key_path == "/models"
     assert row.variable("MODELS") == "MY_OWN_AI_MODELS"
-    with pytest.raises(ValueError, match=r"^models of a must be several, such as \('m',\)$"):
+    with pytest.raises(ValueError, match=r"^models of a must be a list of .*, not 'm'$"):
         Provider("a", "https://x.test", None, "m")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^a provider's name must be in lower case, not 'A'$"):
         Provider("A", "https://x.test", None, ("m",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import threading
@@ -11,15 +12,18 @@ import pytest
 from fakes import STUCK, FakeClock, Reply, World, event, limited, says
 
 from fallback_llm import (
+    Account,
     Candidate,
+    Cause,
     Failure,
     Health,
     Provider,
     ProviderHealth,
     ProviderStatus,
     Queue,
+    Reach,
     RetryConfig,
-    Slot,
+    Turn,
     Verdict,
 )
 
@@ -27,17 +31,19 @@ ROWS = {name: Provider(name, f"https://{name}.test", "KEY", ("1", "2")) for name
 EPOCH = 1_000_000.0  # of the epoch, when the clock says 0
 LIMITED, FAULT, DENIED, GONE = Verdict.RATE_LIMITED, Verdict.FAULT, Verdict.DENIED, Verdict.GONE
 HEALTHY, RATE_LIMITED, FAILED, UNAVAILABLE = ProviderStatus
+MODEL, ACCOUNT, PROVIDER = Reach
 PLAIN = RetryConfig(jitter=False)
 PATIENT = RetryConfig(jitter=False, max_delay=1e6)
 
 
 def candidate(name: str) -> Candidate:
-    """A model such as "a1"."""
-    return Candidate(ROWS[name[0]], name[1])
+    """A model such as "a1", or "a1x" if it is asked with the key x."""
+    account = Account(name[0], 1, name[0], "", "")
+    return Candidate(ROWS[name[0]], name[1], "1/1", account, name[2:])
 
 
 def name_of(asked: Candidate) -> str:
-    return asked.row.name + asked.model
+    return asked.row.name + asked.model + asked.key
 
 
 class Memory:
@@ -52,9 +58,19 @@ class Memory:
         candidates = [candidate(name) for name in names]
         return Queue(candidates, deadline, self.health, config, lambda: self.now, lambda: 1.0)
 
-    def take(self, name: str) -> Slot:
-        with self.health.lock:
-            return self.health.take(candidate(name), self.now, self.now)
+    def take(self, name: str) -> Turn:
+        """A model is asked now, even if it should be waited for."""
+        (turn,) = self.health.turns([candidate(name)])
+
+        def pick(_: float) -> Turn:
+            turn.wait = 0.0
+            return turn
+
+        assert self.health.choose([turn], pick) is turn
+        return turn
+
+    def give_back(self, turn: Turn) -> None:
+        self.health.give_back([turn])
 
 
 class Story:
@@ -80,9 +96,10 @@ class Story:
         def happens(memory: Memory) -> None:
             begun = at if since is None else since
             memory.now = begun
-            slot = memory.take(model)
+            turn = memory.take(model)
             memory.now = at
-            memory.health.failed(slot, begun, Failure(verdict, "", **more), PLAIN.backoff)
+            memory.health.failed(turn, Failure(verdict, "", **more), PLAIN)
+            memory.give_back(turn)
 
         self._chapters.append(happens)
         return self
@@ -93,9 +110,10 @@ class Story:
         def happens(memory: Memory) -> None:
             begun = at if since is None else since
             memory.now = begun
-            slot = memory.take(model)
+            turn = memory.take(model)
             memory.now = at
-            memory.health.answered(slot, begun)
+            memory.health.answered(turn)
+            memory.give_back(turn)
 
         self._chapters.append(happens)
         return self
@@ -105,8 +123,7 @@ class Story:
 
         def happens(memory: Memory) -> None:
             memory.now = at
-            step = memory.queue(model).next()
-            assert step is not None
+            memory.take(model)
 
         self._chapters.append(happens)
         return self
@@ -116,9 +133,11 @@ class Story:
 
         def happens(memory: Memory) -> None:
             memory.now = at if text_since is None else text_since
-            slot = memory.take(model)
+            turn = memory.take(model)
             memory.now = at
-            memory.health.drop(slot, text_since)
+            if text_since is not None:
+                memory.health.closed(turn)
+            memory.give_back(turn)
 
         self._chapters.append(happens)
         return self
@@ -131,31 +150,30 @@ class Story:
         memory.now = at
         return memory
 
-    def order(self, at: float) -> str:
+    def order(self, at: float, names: str = "a1 a2 b1") -> str:
         """Whom a question asks one after the other, when none of them can help."""
-        memory = self.told(at)
-        line = memory.queue("a1", "a2", "b1")
-        asked = []
-        step = line.next()
-        while step is not None:
-            assert step.slot is not None
-            memory.health.drop(step.slot)
-            asked.append(name_of(step.turn.candidate))
-            line.failed(step.turn, Failure(Verdict.UNSUITABLE, ""))
-            step = line.next()
-        return " ".join(asked)
+        line = self.told(at).queue(*names.split())
+        asked: list[str] = []
+        while True:
+            with line.next() as turn:
+                if turn is None:
+                    return " ".join(asked)
+                asked.append(name_of(turn.candidate))
+                line.failed(turn, Failure(GONE, ""))
 
-    def waits(self, at: float) -> list[float]:
-        """How long questions for a1, for a2 and for b1 wait."""
+    def waits(self, at: float, names: str = "a1 a2 b1") -> list[float]:
+        """How long questions for each of these wait."""
         waits = []
-        for name in ("a1", "a2", "b1"):
-            step = self.told(at).queue(name).next()
-            assert step is not None
-            waits.append(step.wait)
+        for name in names.split():
+            with self.told(at).queue(name).next() as turn:
+                assert turn is not None
+                waits.append(turn.wait)
         return waits
 
-    def status(self, at: float, name: str = "a", has_key: bool = True) -> ProviderHealth:
-        return self.told(at).health.of_provider(name, has_key)
+    def status(
+        self, at: float, name: str = "a", has_key: bool = True, key: str = ""
+    ) -> ProviderHealth:
+        return self.told(at).health.of_account(name, key, has_key)
 
 
 # --- Who is asked later -------------------------------------------------------------------------
@@ -171,20 +189,22 @@ def test_a_fault_is_asked_last_for_a_while() -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "wide", "order"),
+    ("verdict", "reach", "order"),
     [
-        pytest.param(FAULT, True, ALL_LATER, id="a provider's fault"),
-        pytest.param(GONE, False, LATER, id="gone"),
-        pytest.param(DENIED, True, ALL_LATER, id="denied"),
-        pytest.param(LIMITED, False, LATER, id="limited, no hint"),
-        pytest.param(Verdict.UNSUITABLE, False, FIRST, id="unsuitable"),
-        pytest.param(Verdict.REFUSED, False, FIRST, id="refused"),
-        pytest.param(Verdict.REJECTED, False, FIRST, id="rejected by the caller"),
+        pytest.param(FAULT, PROVIDER, ALL_LATER, id="a provider's fault"),
+        pytest.param(GONE, MODEL, LATER, id="gone"),
+        pytest.param(DENIED, ACCOUNT, ALL_LATER, id="denied"),
+        pytest.param(DENIED, MODEL, LATER, id="unpaid"),
+        pytest.param(LIMITED, MODEL, LATER, id="limited, no hint"),
+        pytest.param(Verdict.UNSUITABLE, MODEL, FIRST, id="unsuitable"),
+        pytest.param(Verdict.UNSUITABLE, PROVIDER, FIRST, id="no such path"),
+        pytest.param(Verdict.REFUSED, MODEL, FIRST, id="refused"),
+        pytest.param(Verdict.REJECTED, MODEL, FIRST, id="rejected by the caller"),
     ],
 )
-def test_what_is_asked_last(verdict: Verdict, wide: bool, order: str) -> None:
+def test_what_is_asked_last(verdict: Verdict, reach: Reach, order: str) -> None:
     """Ten minutes for what does not pass by itself; a refused question says nothing of it."""
-    story = Story().fails(10, verdict, reaches_provider=wide)
+    story = Story().fails(10, verdict, reach=reach)
     assert story.order(11) == order
     ends = 610 if verdict in (GONE, DENIED) else 12
     assert story.order(ends - 0.1) == order
@@ -218,14 +238,14 @@ def test_failures_that_were_under_way_together_count_once() -> None:
 
 def test_a_success_forgives_what_was_before_it() -> None:
     """The model and what reached the provider, but no other model."""
-    story = Story().fails(1, FAULT).fails(1, FAULT, reaches_provider=True)
+    story = Story().fails(1, FAULT).fails(1, FAULT, reach=PROVIDER)
     story.fails(1, GONE, model="a2")
     assert story.answers(2, since=1).order(2) == "a1 b1 a2"
 
 
 def test_a_success_does_not_forgive_what_failed_since_it_began() -> None:
     """A slow answer says nothing of what another thread was told meanwhile."""
-    story = Story().fails(10, GONE).fails(10, DENIED, reaches_provider=True).answers(11, since=9)
+    story = Story().fails(10, GONE).fails(10, DENIED, reach=ACCOUNT).answers(11, since=9)
     assert story.order(12) == ALL_LATER
     story = Story().fails(10, LIMITED, hint=3600).answers(11, since=9)
     assert story.waits(12) == [3598, 0, 0]
@@ -250,20 +270,71 @@ def test_a_lease_keeps_the_others_from_it() -> None:
     assert Story().leases(9).order(10) == FIRST
     story = Story().fails(10, FAULT).leases(12)
     assert [story.order(at) for at in (12, 76.9, 77)] == [LATER, LATER, FIRST]
-    story = Story().fails(10, LIMITED, hint=30).leases(12)  # and is waited for until 40
+    story = Story().fails(10, LIMITED, hint=30).leases(40)
     assert [story.order(at) for at in (104.9, 105)] == [LATER, FIRST]
-    story = Story().fails(10, FAULT, reaches_provider=True).leases(12, "a2")
+    story = Story().fails(10, FAULT, reach=PROVIDER).leases(12, "a2")
     assert story.order(19) == ALL_LATER
     assert Story().fails(10, FAULT).leases(12).answers(13, since=12).order(13) == FIRST
     story = Story().fails(10, LIMITED, hint=1).leases(12).fails(13, Verdict.UNSUITABLE, since=12)
     assert story.order(13) == FIRST
 
 
+def test_of_those_who_wait_for_a_pause_to_end_one_tries() -> None:
+    """Waiting takes no lease; whoever looks first at its end asks, and the others ask later."""
+    memory = Story().fails(10, LIMITED, hint=30).told(12)
+    lines = [memory.queue("a1", "b1") for _ in range(3)]
+    for line in lines:
+        with line.next() as turn:
+            assert turn is not None
+            assert name_of(turn.candidate) == "b1"
+            line.failed(turn, Failure(GONE, ""))
+        with line.next() as turn:
+            assert turn is not None
+            assert turn.wait == 28
+    memory.now = 40
+    lines = [memory.queue("a1", "b1") for _ in range(3)]
+    asked = []
+    with contextlib.ExitStack() as trials:
+        for line in lines:
+            turn = trials.enter_context(line.next())
+            assert turn is not None
+            asked.append(name_of(turn.candidate))
+    assert asked == ["a1", "b1", "b1"]
+
+
+def test_a_lease_ends_with_the_trial_whatever_comes_of_it() -> None:
+    """An exception of the caller, too: nobody waits for a trial that is over."""
+    memory = Story().fails(10, FAULT).told(12)
+
+    def breaks() -> None:
+        with memory.queue("a1").next():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        breaks()
+    with memory.queue("a1", "b1").next() as turn:
+        assert turn is not None
+        assert name_of(turn.candidate) == "a1"
+
+
 def test_the_callers_own_limit_counts_against_nobody() -> None:
     """Neither as a failure nor in the order."""
-    story = Story().fails(10, FAULT, is_blameless=True, reaches_provider=True)
-    assert story.order(11) == FIRST
-    assert story.status(11) == ProviderHealth()
+    for cause in (Cause.TIME_LIMIT, Cause.TIME_SHARE, Cause.STALE):
+        story = Story().fails(10, FAULT, cause=cause, reach=PROVIDER)
+        assert story.order(11) == FIRST
+        assert story.status(11) == ProviderHealth()
+
+
+def test_who_never_answers_within_its_share_of_the_time_is_asked_last() -> None:
+    """Two short times tell as much as one long silence, unless there was an answer between."""
+    story = Story().fails(10, FAULT, cause=Cause.TIME_SHARE)
+    assert story.fails(20, FAULT, cause=Cause.TIME_SHARE).order(21) == LATER
+    assert story.status(21).status is FAILED
+    assert story.fails(30, FAULT, cause=Cause.TIME_SHARE).order(31) == LATER
+    story = Story().fails(10, FAULT, cause=Cause.TIME_SHARE).answers(15)
+    assert story.fails(20, FAULT, cause=Cause.TIME_SHARE).order(21) == FIRST
+    story = Story().fails(10, FAULT, cause=Cause.TIME_LIMIT)
+    assert story.fails(20, FAULT, cause=Cause.TIME_LIMIT).order(21) == FIRST
 
 
 # --- The servers' word --------------------------------------------------------------------------
@@ -282,9 +353,9 @@ def test_a_fault_may_bring_a_hint_too() -> None:
     assert Story().fails(10, Verdict.UNSUITABLE, hint=9).waits(10) == [0, 0, 0]
 
 
-def test_a_hint_for_the_provider_holds_for_all_its_models() -> None:
+def test_a_hint_for_the_account_holds_for_all_its_models() -> None:
     """And the model's own, when that is longer; a success ends both."""
-    story = Story().fails(10, LIMITED, hint=30, reaches_provider=True)
+    story = Story().fails(10, LIMITED, hint=30, reach=ACCOUNT)
     story.fails(11, LIMITED, hint=90)
     assert story.waits(11) == [90, 29, 0]
     assert story.answers(12).waits(12) == [0, 0, 0]
@@ -297,6 +368,63 @@ def test_what_is_left_of_a_hint_can_be_told() -> None:
     assert waits == [25, 0, 0]
 
 
+# --- Several keys -------------------------------------------------------------------------------
+
+KEYS = "a1x a1y a2x a2y"
+OTHER_KEY, OTHER_PROVIDER = "a1y a2y a1x a2x", "b1 a1x a1y a2x a2y"
+
+
+def test_what_is_said_of_a_key_leaves_the_other_one() -> None:
+    """A model and an account are known with each key; the host is the same for both."""
+    assert Story().fails(10, FAULT, model="a1x").order(11, KEYS) == "a1y a2x a2y a1x"
+    assert Story().fails(10, DENIED, model="a1x", reach=ACCOUNT).order(11, KEYS) == OTHER_KEY
+    story = Story().fails(10, FAULT, model="a1x", reach=PROVIDER)
+    assert story.order(11, KEYS + " b1") == OTHER_PROVIDER
+    story = Story().fails(10, LIMITED, model="a1x", reach=ACCOUNT, hint=30)
+    assert story.waits(11, KEYS) == [29, 0, 29, 0]
+    assert story.answers(12, model="a2y").waits(12, KEYS) == [28, 0, 28, 0]
+
+
+def test_the_health_of_a_key_is_its_own() -> None:
+    """As is its place in the line."""
+    story = Story().fails(5, DENIED, model="a1x", reach=ACCOUNT).answers(6, model="a1y")
+    assert story.status(9, key="x").status is UNAVAILABLE
+    assert story.status(9, key="y") == ProviderHealth(HEALTHY, EPOCH + 6, 0.0, 0, 0.0)
+    story = Story().fails(5, FAULT, model="a1x", reach=PROVIDER)
+    assert story.status(9, key="x").status is FAILED
+
+
+# --- The list of models that a provider serves --------------------------------------------------
+
+
+def test_one_question_fetches_the_list() -> None:
+    """The others look again soon; when it is known, nobody fetches it for ten minutes."""
+    memory = Story().told(10)
+    assert memory.health.search("a") == 0.0
+    assert memory.health.search("a") == pytest.approx(0.05)
+    assert memory.health.search("b") == 0.0
+    memory.now = 12
+    memory.health.searched("a", is_known=True)
+    assert memory.health.search("a") is None
+    memory.now = 612
+    assert memory.health.search("a") == 0.0
+
+
+def test_a_list_that_could_not_be_had_is_asked_for_again() -> None:
+    """Soon, and also if whoever fetched it never came back."""
+    memory = Story().told(10)
+    assert memory.health.search("a") == 0.0
+    memory.health.searched("a", is_known=False)
+    memory.now = 29
+    assert memory.health.search("a") is None
+    memory.now = 30
+    assert memory.health.search("a") == 0.0
+    memory.now = 44
+    assert memory.health.search("a") == pytest.approx(0.05)
+    memory.now = 45
+    assert memory.health.search("a") == 0.0
+
+
 # --- The line of one question -------------------------------------------------------------------
 
 
@@ -304,14 +432,17 @@ def asks(memory: Memory, line: Queue, *failures: Failure) -> list[tuple[str, flo
     """Whom a question asks, and how long it waits for it, when it meets these failures."""
     asked = []
     for failure in failures:
-        step = line.next()
-        assert step is not None
-        assert step.slot is not None
-        memory.now += step.wait
-        begun = memory.now
-        memory.health.failed(step.slot, begun, failure, PLAIN.backoff)
-        line.failed(step.turn, failure)
-        asked.append((name_of(step.turn.candidate), step.wait))
+        waited = 0.0
+        while True:
+            with line.next() as turn:
+                assert turn is not None
+                if turn.wait == 0:
+                    memory.health.failed(turn, failure, PLAIN)
+                    line.failed(turn, failure)
+                    asked.append((name_of(turn.candidate), waited))
+                    break
+                memory.now += turn.wait
+                waited += turn.wait
     return asked
 
 
@@ -379,9 +510,9 @@ STATES: dict[str, Any] = {  # the story, the time; status, success, failure, fai
         9,
         (FAILED, None, 6, 2, None),
     ),
-    "denied": (Story().fails(5, DENIED, reaches_provider=True), 9, (UNAVAILABLE, None, 5, 1, None)),
+    "denied": (Story().fails(5, DENIED, reach=ACCOUNT), 9, (UNAVAILABLE, None, 5, 1, None)),
     "accepted again": (
-        Story().fails(5, DENIED, reaches_provider=True).answers(8),
+        Story().fails(5, DENIED, reach=ACCOUNT).answers(8),
         9,
         (HEALTHY, 8, 5, 0, None),
     ),
@@ -407,11 +538,36 @@ def test_health(story: Story, at: float, expected: Any) -> None:
 
 def test_health_is_a_copy_each_time() -> None:
     memory = Story().fails(5, FAULT).told(9)
-    memory.health.of_provider("a", True).consecutive_failures = 99
-    assert memory.health.of_provider("a", True).consecutive_failures == 1
+    memory.health.of_account("a", "", True).consecutive_failures = 99
+    assert memory.health.of_account("a", "", True).consecutive_failures == 1
+
+
+# --- Many lanes ---------------------------------------------------------------------------------
+
+
+def test_keys_that_change_all_the_time_are_forgotten() -> None:
+    """Those of which nothing is known; whoever failed, or is being asked, is remembered."""
+    memory = Story().fails(10, FAULT).fails(10, LIMITED, hint=9, model="b2").leases(10).told(11)
+    for number in range(3000):
+        memory.give_back(memory.take(f"a1{number}"))
+    assert memory.health.wait_for_server(candidate("b2")) == 8
+    with memory.queue("a1", "b1").next() as turn:
+        assert turn is not None
+        assert name_of(turn.candidate) == "b1"
 
 
 # --- The only lock ------------------------------------------------------------------------------
+
+
+def test_a_signal_handler_may_look_at_any_moment() -> None:
+    """Its thread may hold the lock just then, and must not wait for itself."""
+    memory = Story().fails(10, FAULT).told(11)
+
+    def pick(_: float) -> None:
+        assert memory.health.counts()["total_requests"] == 0
+        assert memory.health.of_account("a", "", True).status is FAILED
+
+    assert memory.health.choose(memory.health.turns([candidate("a1")]), pick) is None
 
 
 class CollectingClock(FakeClock):

@@ -422,7 +422,10 @@ def test_threads_under_random_faults(here: Emulator) -> None:
         told += [(attempt.provider, attempt.model) for attempt in result.attempts]
         providers = [attempt.provider for attempt in result.attempts]
         switches += sum(before != after for before, after in zip(providers, providers[1:]))
-        assert len(providers) <= 2 * 2
+        # What a limit refuses may cost no attempt, as long as others are answered.
+        asked = [a.provider for a in result.attempts if a.status != 429]
+        assert all(asked.count(name) <= 2 for name in providers)
+        assert all(providers.count(name) <= 2 + 15 for name in providers)
         assert isinstance(result, Answer) or set(providers) == {"cerebras", "groq"}, result
     assert sorted(told) == sorted(trail(here))
 

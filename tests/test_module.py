@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import pydoc
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 import fallback_llm
-from fallback_llm import FallbackLLMError, TimeLimit
+from fallback_llm import Cause, FallbackLLMError, TimeLimit
 
 FILE = Path(fallback_llm.__file__)
 SOURCE = FILE.read_text(encoding="utf-8")
@@ -23,8 +24,9 @@ PARSER = fallback_llm.make_parser("fallback_llm.py")
 HELP = PARSER.format_help()
 OPTIONS = [action for action in PARSER._actions if action.option_strings]
 NAMES = (
-    "PROVIDERS AllProvidersFailed Answer AnswerRefused Attempt FallbackLLM FallbackLLMError"
-    " NoProviderError Provider ProviderHealth ProviderStatus RetryConfig StreamInterrupted Verdict"
+    "PROVIDERS Account AllProvidersFailed Answer AnswerRefused Attempt CheckReport FallbackLLM"
+    " FallbackLLMError ModelList NoProviderError Provider ProviderHealth ProviderStatus"
+    " RetryConfig Stream StreamInterrupted Verdict"
 )
 
 
@@ -36,8 +38,17 @@ def test_all_names_the_public_api() -> None:
     assert set(found) - {"__builtins__"} == set(fallback_llm.__all__)
     errors = [found[n] for n in found if n.endswith(("Error", "Failed", "Refused", "Interrupted"))]
     assert [issubclass(error, FallbackLLMError) for error in errors] == [True] * 5
-    for result in (found["Answer"], found["Attempt"], found["Provider"]):
-        assert result.__dataclass_params__.frozen
+    for name in ("Account", "Answer", "Attempt", "CheckReport", "ModelList", "Provider"):
+        assert found[name].__dataclass_params__.frozen
+
+
+def test_tab_completion_and_help_show_what_is_public() -> None:
+    """And nothing else of the file's hundreds of names."""
+    shown = [name for name in dir(fallback_llm) if not name.startswith("_")]
+    assert shown == sorted([*NAMES.split(), "main"])
+    text = pydoc.plain(pydoc.render_doc(fallback_llm))
+    classes = re.findall(r"^    class (\w+)", text, re.MULTILINE)
+    assert set(classes) == {name for name in NAMES.split() if name != "PROVIDERS"}
 
 
 @pytest.mark.parametrize("name", NAMES.split())
@@ -88,6 +99,33 @@ def test_the_file_is_of_python_37() -> None:
     assert [line for line in SOURCE.splitlines() if len(line) > 100] == []
 
 
+SECTIONS = re.split(r"^# --- \d+\. ", SOURCE, flags=re.MULTILINE)[1:]
+
+
+def test_a_section_uses_only_sections_above_it() -> None:
+    """So the file can be read once, downward; `main` is the last function."""
+    assert len(SECTIONS) == 10
+    section_of: dict[str, int] = {}
+    for number, section in enumerate(SECTIONS):
+        names = re.findall(r"^(?:class |def )?([A-Za-z_]\w*)(?=\(|:| =)", section, re.MULTILINE)
+        section_of.update(dict.fromkeys(names, number))
+    for number, section in enumerate(SECTIONS):
+        code = ast.parse(section[section.index("\n") :])
+        names_used = [node for node in ast.walk(code) if isinstance(node, ast.Name)]
+        own = {node.id for node in names_used if isinstance(node.ctx, ast.Store)}
+        own.update(node.arg for node in ast.walk(code) if isinstance(node, ast.arg))
+        used = {node.id for node in names_used} - own
+        later = [name for name in used if section_of.get(name, 0) > number]
+        assert later == [], f"section {number + 1}"
+    assert re.findall(r"^def (\w+)", SOURCE, re.MULTILINE)[-1] == "main"
+
+
+def test_batch_and_command_line_use_public_methods_only() -> None:
+    """What they can do with a client, every Python program can."""
+    for section in SECTIONS[8:]:
+        assert re.findall(r"\bllm\._\w+", section) == []
+
+
 def test_the_help_fits_a_screen() -> None:
     """50 lines of 80 columns."""
     assert len(HELP.splitlines()) <= 50
@@ -125,17 +163,17 @@ def test_how_long_an_exchange_may_go_on() -> None:
     assert limit.left() == pytest.approx(0.1)
     limit.progress()
     assert limit.left() == 10.0
-    for at, reason, is_blameless in (
-        (119.8, "cut", False),
-        (119.9, "silent for 10 s", False),
-        (124.98, "silent for 10 s", False),
-        (124.995, "no answer within .*time limit", True),
-        (130.0, "no answer within .*time limit", True),
+    for at, reason, cause in (
+        (119.8, "cut", Cause.REPLY),
+        (119.9, "silent for 10 s", Cause.SILENCE),
+        (124.98, "silent for 10 s", Cause.SILENCE),
+        (124.995, "no answer within .*time limit of 25 s", Cause.TIME_LIMIT),
+        (130.0, "no answer within .*time limit of 25 s", Cause.TIME_LIMIT),
     ):
         now[0] = at
         failure = limit.failure("cut")
         assert re.fullmatch(reason, failure.reason)
-        assert failure.is_blameless == is_blameless
+        assert failure.cause is cause
         assert limit.left() == max(0.0, 119.9 - at)
 
     now[0] = 121.0
@@ -143,9 +181,26 @@ def test_how_long_an_exchange_may_go_on() -> None:
     assert limit.left() == 4.0
     limit.extend(140.0)
     assert limit.left() == 10.0
-    assert not limit.is_settled
-    limit.settle(0.5)
-    assert limit.is_settled
+    limit.progress(0.5)
     assert limit.left() == 0.5
     now[0] = 122.0
     assert limit.left() == 0.0
+    limit.progress(99.0)
+    assert limit.left() == 10.0
+    limit.postpone(3.0)
+    assert limit.left() == 13.0
+
+
+def test_a_share_of_the_time_is_not_the_callers_limit() -> None:
+    """Others were to have a part of it; what is being shown gets all that is left."""
+    now = [100.0]
+    limit = TimeLimit(lambda: now[0], 105.0, 10.0, is_share=True)
+    assert limit.overrun() is None
+    now[0] = 105.0
+    failure = limit.failure("cut")
+    assert failure.cause is Cause.TIME_SHARE
+    assert failure.reason == "no answer within 5 s, its share of the time limit"
+    limit.extend(109.0)
+    assert limit.overrun() is None
+    now[0] = 109.0
+    assert limit.failure("cut").cause is Cause.TIME_LIMIT
