@@ -4885,7 +4885,7 @@ class Batch:
         flags = {**self.arguments, "expect_json": self._expects_json}
         flags.pop("accept", None)
         self._flags_digest = digest_of(flags)
-        self._ended = threading.Event()  # set at the end, whatever is still under way
+        self._is_over = False  # nobody takes what is still under way
         self._lock = threading.Lock()  # of all that follows
         self._counts: Dict[str, int] = collections.Counter()  # answers by provider
         self._reasons: Dict[str, int] = collections.Counter()  # of failed questions
@@ -4910,11 +4910,9 @@ class Batch:
         except OSError as error:
             raise OSError(error.errno, f"{reason_of(error)}; {self._written()}") from None
         except KeyboardInterrupt:
-            self._ended.set()
+            self._is_over = True
             logger.error("\n%s.", self._written())
             raise
-        finally:
-            self._ended.set()
         return self._tell_end()
 
     def _checked_lines(self) -> List[Line]:
@@ -4979,7 +4977,7 @@ class Batch:
 
     def _ask(self, line: Line) -> None:
         """Ask a question and write its line. Runs in many threads."""
-        if self._ended.is_set():
+        if self._is_over:
             return
         QUESTION_ID.set(str(line.id))
         result: Union[Answer, Exception]
@@ -4992,12 +4990,12 @@ class Batch:
         record = report_of(result, self._expects_json, heading)
 
         with self._lock:
-            if self._ended.is_set():
+            if self._is_over:
                 return
             try:
                 self.put(record)
             except BaseException:
-                self._ended.set()  # do not pay for answers that cannot be saved
+                self._is_over = True  # do not pay for answers that cannot be saved
                 raise
             if isinstance(result, Answer):
                 self._counts[result.provider] += 1
@@ -5340,8 +5338,8 @@ PUT_SIZE = 4096  # characters; one big write to a pipe may not notice that its r
 ERASE = "\r\x1b[J"  # the line, and what of it a narrower terminal has wrapped
 PATIENCE = 2.0  # seconds until somebody is told that a pipe is waited for
 PROGRESS_PAUSE = 10.0  # seconds between two lines of progress outside a terminal
-REDRAW_PAUSE = 0.5  # seconds between two of a terminal
-WIDEST = 80  # columns of the help and of tables
+REDRAW_PAUSE = 0.25  # seconds between two of a terminal
+WIDEST = 80  # columns of the help and of tables, at most
 OPTIONS_VARIABLE = "FALLBACK_LLM_OPTS"
 # The names of parameters in messages; some are plain words unless a message begins with them.
 PARAMETER_NAMES = re.compile(
@@ -5466,13 +5464,14 @@ class Console(logging.Handler):
 
     def sleep(self, seconds: float) -> None:
         """Wait, and show on a terminal how long is left."""
-        whole = int(seconds) if self.can_redraw else 0
-        for passed in range(whole):
-            self.redraw(f"   {math.ceil(seconds - passed)} s left")
-            time.sleep(1)
-        if whole:
+        until = time.monotonic() + seconds
+        if self.can_redraw and seconds > 1:
+            for left in range(math.ceil(seconds), 0, -1):
+                self.redraw(f"   {left} s left")
+                time.sleep(max(0.0, min(1.0, until - time.monotonic())))
             self.redraw("")
-        time.sleep(seconds - whole)
+        else:
+            time.sleep(seconds)
 
 
 def is_terminal(stream: Optional[IO[str]]) -> bool:
@@ -5481,6 +5480,13 @@ def is_terminal(stream: Optional[IO[str]]) -> bool:
         return stream is not None and os.isatty(stream.fileno())
     except (OSError, ValueError):  # it is closed, or no file
         return False
+
+
+def text_width() -> int:
+    """The columns that help and tables have."""
+    import shutil
+
+    return min(WIDEST, max(60, shutil.get_terminal_size().columns))
 
 
 def can_encode(stream: Optional[IO[str]], text: str) -> bool:
@@ -5552,9 +5558,6 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(prog: str) -> Parser:
     """The options, with their help."""
-    import shutil
-
-    width = min(WIDEST, max(60, shutil.get_terminal_size().columns))
     run = prog if prog == "fallback-llm" else f"python {prog}"
     usage = f"{prog} [options] [--] [question ...]"
     short_examples = f"""\
@@ -5568,7 +5571,7 @@ def make_parser(prog: str) -> Parser:
         description="Ask a language model; if it fails, the next one answers.\n"
         "Only the answer goes to stdout.",
         epilog=f"{examples}\n{ENDINGS}",
-        formatter_class=functools.partial(HelpFormatter, max_help_position=26, width=width),
+        formatter_class=functools.partial(HelpFormatter, max_help_position=26, width=text_width()),
         add_help=False,
         allow_abbrev=False,
     )
@@ -5835,7 +5838,7 @@ def check(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> int:
 
 
 def check_table(reports: Sequence[CheckReport]) -> str:
-    """The reports with their columns below each other, no wider than 80 columns."""
+    """The reports with their columns below each other."""
     import textwrap
 
     width = max(len(report.label) for report in reports)
@@ -5849,7 +5852,9 @@ def check_table(reports: Sequence[CheckReport]) -> str:
         if report.reason:
             notes.append(report.reason)
         start = f"{report.label:{width}}  {report.key:11}  {report.seconds:<7.2f}  "
-        wrapper = textwrap.TextWrapper(WIDEST, start, " " * len(start), break_on_hyphens=False)
+        wrapper = textwrap.TextWrapper(
+            text_width(), start, " " * len(start), break_on_hyphens=False
+        )
         lines.append(wrapper.fill("; ".join(notes) or "-"))
     return "\n".join([*lines, ""])
 

@@ -643,19 +643,19 @@ def test_a_reader_that_goes_away(run: Program, questions: Path) -> None:
 def retrying(run: Program, questions: Path) -> list[str]:
     """What a batch has to begin with whose questions soon wait for the next attempt.
 
-    Three answers of each provider are long; whoever asks then is to come back in a second.
+    Three answers of each provider are long; whoever asks then is to come back soon.
     """
     for provider in PROVIDERS:
         long_answers = [Reply(text="Paris." * 2000)] * 3
-        run.emulator.plan(provider, *long_answers, rate_limited(provider, 1))
-    return ["-q", "--workers", "8"]
+        run.emulator.plan(provider, *long_answers, rate_limited(provider, 0.4))
+    return ["-q", "--workers", "8", "--base-delay", "0.4"]
 
 
 def assert_nothing_is_asked_any_more(run: Program) -> None:
     """Asserts that no request comes later than the end of the process."""
     before = len(run.asked)
     assert before < len(QUESTIONS)
-    time.sleep(1.5)
+    time.sleep(0.7)
     assert len(run.asked) == before
 
 
@@ -903,7 +903,7 @@ def test_a_rate_limit_slows_and_does_not_fail(run: Program, questions: Path) -> 
 def slow(run: Program, questions: Path) -> list[str]:
     """What a batch has to begin with that is slow enough for its progress to be shown."""
     questions.write_text("one\ntwo\nthree\n")
-    run.plan(Reply(text="Paris.", delay=0.6))
+    run.plan(Reply(text="Paris.", delay=0.3))
     return ["--workers", "1"]
 
 
