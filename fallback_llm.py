@@ -215,6 +215,9 @@ class RetryConfig:
         """Raise ValueError for a field that is invalid, also if it was changed since."""
         for name in ("max_attempts", "base_delay", "max_delay", "exponential_base"):
             check_number(name, getattr(self, name))
+        for name in ("jitter", "wait_on_rate_limit"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {quoted(getattr(self, name))}")
         if self.max_delay < self.base_delay:
             low, high = number_of(self.max_delay), number_of(self.base_delay)
             raise ValueError(f"max_delay ({low}) is below base_delay ({high})")
@@ -545,9 +548,10 @@ def address_of(row: Provider) -> str:
     address = re.fullmatch(r"(https?)://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[^\s?#@]*)?", url)
     if address is None or (is_clear_text(url) and row.key_env is not None):
         # A password or a key may be part of the address.
-        shown = KEY_PREFIX.sub("...", re.sub(r"//.*@|[?#].*", "//...", url))[:200]
+        shown = KEY_PREFIX.sub("...", re.sub(r"//.*@|[?#].*", "//...", url))
+        shown = quoted(shown, 200 if "://" in shown else 20)
         allowed = "https://..., or http:// to this machine or for a provider without a key"
-        raise ValueError(f"{name} must be {allowed}, not {shown!r}")
+        raise ValueError(f"{name} must be {allowed}, not {shown}")
 
     if address.group(4) is None:
         url += urlsplit(row.base_url).path.rstrip("/")
@@ -1782,14 +1786,18 @@ class Phase(enum.Enum):
 
 
 # What a finish_reason means, in lower case. Any other one means that the server broke off.
-GOOD_ENDS = (
-    "stop end_turn eos eos_token end complete completed finished stop_sequence tool_calls tool"
+GOOD_ENDS = re.compile(
+    "stop|end|end_turn|eos|eos_token|complete|completed|finished|stop_sequence|done|normal|"
+    "tool|tool_call|tool_calls|tool_use|function_call"
 )
-GOOD_ENDS += " tool_call tool_use function_call done normal"
-CUT_ENDS = "length max_tokens max_length max_output_tokens max_completion_tokens token_limit"
-CUT_ENDS += " model_length model_context_window_exceeded context_length context_window_exceeded"
-REFUSED_ENDS = "content_filter content_filtered sensitive safety refusal moderation blocklist"
-REFUSED_ENDS += " prohibited_content"
+CUT_ENDS = re.compile(
+    "length|max_length|max_(output_|completion_)?tokens|token_limit|model_length|context_length|"
+    "(model_)?context_window_exceeded"
+)
+REFUSED_ENDS = re.compile(
+    "content_filter|content_filtered|sensitive|safety|refusal|moderation|blocklist|"
+    "prohibited_content"
+)
 THOUGHT_FIELDS = (
     "reasoning",
     "reasoning_content",
@@ -1822,7 +1830,7 @@ def end_word(finish_reason: str) -> str:
 
 def is_cut(finish_reason: str) -> bool:
     """Whether this finish_reason says that the answer was too long."""
-    return end_word(finish_reason) in CUT_ENDS.split()
+    return CUT_ENDS.fullmatch(end_word(finish_reason)) is not None
 
 
 class Draft:
@@ -1849,7 +1857,6 @@ class Draft:
         self._refusals: List[str] = []
         # What Transport notes of the exchange:
         self.status: Optional[int] = None  # of HTTP, once it is there
-        self.headers: Mapping[str, str] = {}
         self.request_id = ""
 
     @property
@@ -1912,14 +1919,14 @@ class Draft:
         is_empty = is_blank(self.text)
         reason = end_word(self.finish_reason)
         refusal = "".join(self._refusals)
-        if reason in REFUSED_ENDS.split() or (refusal and is_empty):
+        if REFUSED_ENDS.fullmatch(reason) or (refusal and is_empty):
             return Failure(Verdict.REFUSED, refusal or "a content filter stopped the answer")
-        if not reason and self.phase is not Phase.ENDED:
+        if self.phase is Phase.READING and not self.has_end:
             what = "the reply holds no answer"
             if self._has_text:
                 what = "the answer was cut: it has no end"
             return Failure(Verdict.FAULT, what)
-        if reason and not is_cut(reason) and reason not in GOOD_ENDS.split():
+        if reason and not is_cut(reason) and not GOOD_ENDS.fullmatch(reason):
             what = f"the server broke off: finish_reason {self.finish_reason}"
             return Failure(Verdict.FAULT, what)
         if not is_empty:
@@ -2031,13 +2038,11 @@ class Draft:
                 if name in THOUGHT_FIELDS and not is_empty(thought):
                     found = True
                     self._size += len(thought) if isinstance(thought, str) else 0
-            content = message.get("content")
-            for part in content if isinstance(content, list) else []:
-                if not is_text(part) and not is_empty({**as_object(part), "type": ""}):
+            for part in parts_of(message.get("content")):
+                if is_thought(part) and not is_empty({**part, "type": ""}):
                     found = True
             if isinstance(message.get("refusal"), str):
                 self._refusals.append(message["refusal"])
-                self._size += len(message["refusal"])
         self._has_reasoning = self._has_reasoning or found
         return found
 
@@ -2088,22 +2093,34 @@ def is_empty(value: object) -> bool:
         return all(is_empty(part) for part in value.values())
     if isinstance(value, list):
         return all(is_empty(part) for part in value)
-    return not value or (isinstance(value, str) and is_blank(value))
+    return not value or value == "0" or (isinstance(value, str) and is_blank(value))
 
 
-def is_text(part: object) -> bool:
-    """Whether a part of a message's content is text, and not reasoning."""
-    return dig(part, "type") in (None, "text", "output_text") and not dig(part, "thought")
+def is_thought(part: object) -> bool:
+    """Whether a part of a message's content is reasoning rather than text."""
+    kind = str(dig(part, "type")).lower()
+    return (
+        bool(dig(part, "thought")) or re.search("think|thought|reason|analysis", kind) is not None
+    )
+
+
+def parts_of(content: object) -> List[Any]:
+    """The parts of a message's content, which may be one text or object, or a list."""
+    if isinstance(content, list):
+        return content
+    return [content]
 
 
 def text_of(content: object) -> str:
-    """The text of a message's content, which may be a list of parts."""
+    """The text of a message's content."""
     if isinstance(content, str):
         return content
-    if not isinstance(content, list):
-        return ""
-    texts = [dig(part, "text") for part in content if is_text(part)]
-    return "".join(text for text in texts if isinstance(text, str))
+    texts = []
+    for part in parts_of(content):
+        text = part if isinstance(part, str) else dig(part, "text")
+        if isinstance(text, str) and not is_thought(part):
+            texts.append(text)
+    return "".join(texts)
 
 
 def usage_figures(usage: object) -> Json:
@@ -2212,7 +2229,7 @@ def safe_line(text: str, secrets: Iterable[str]) -> str:
     line = one_line(clipped(text))
     line = "".join(char if char.isprintable() else " " for char in line)
     for secret in sorted(secrets, key=len, reverse=True):
-        if len(secret) >= 4:
+        if len(secret) >= 8:  # "EMPTY" or "ollama" is no secret
             line = secret_pattern(secret).sub("[key]", line)
     line = KEY_PREFIX.sub("[key]", line)
     line = re.sub(r"(?i)(?<=bearer )[\w.~+/=-]{8,}", "[key]", line)
@@ -2351,10 +2368,11 @@ class FreeConnections:
         self._items: Deque[Any] = collections.deque()
 
     def put(self, item: Any, block: bool = True, timeout: Optional[float] = None) -> None:
-        """Add a connection, or None for one that is still to be made. Raises queue.Full."""
-        if len(self._items) >= self._maxsize:
-            raise queue.Full
-        self._items.append(item)
+        """Add a connection, or None for one that is still to be made; close it if it is full."""
+        if len(self._items) < self._maxsize:
+            self._items.append(item)
+        elif item is not None:
+            item.close()
 
     def get(self, block: bool = True, timeout: Optional[float] = None) -> Any:
         """Take one out. Raises queue.Empty."""
@@ -2517,7 +2535,7 @@ class Reply:
         The garbage collector may run this for a stream that nobody has read to its end, so it
         must not touch the pool's lock then.
         """
-        is_ordinary = self.status >= 200 and self.status not in (204, 205, 304)
+        is_ordinary = self.status == 200 or 400 <= self.status < 600
         if "content-length" in self.headers and "transfer-encoding" in self.headers:
             is_ordinary = False
         if self._is_complete and is_ordinary:
@@ -2601,7 +2619,6 @@ class Transport:
             reply = self._open("POST", row, "/chat/completions", key, body, limit)
             with contextlib.closing(reply):
                 draft.status = reply.status
-                draft.headers = reply.headers
                 draft.request_id = self._request_id(reply, key)
                 if not reply.is_success:
                     raise self._judged(reply, reply.error(), key)
@@ -2625,6 +2642,8 @@ class Transport:
                 if reply.status != 200:
                     raise self._judged(reply, reply.error(), key)
                 body = parsed(b"".join(reply.pieces(MAX_LIST)))
+                if isinstance(body, list):
+                    body = {"data": body}  # a bare list
                 if not isinstance(body, dict):
                     raise self._judged(reply, body, key)
                 return body
@@ -2687,6 +2706,7 @@ class Transport:
         left = limit.left()
         if left <= 0:
             raise limit.failure("no time was left")
+        before = getattr(EXCHANGE, "limit", None)
         EXCHANGE.limit = limit
         timeout = (min(CONNECT_TIMEOUT, left), left)
         adapter = None
@@ -2699,6 +2719,8 @@ class Transport:
             return Reply(adapter.send(request, timeout=timeout, **settings), limit)
         except (OSError, ValueError, HTTPException, HTTPError) as error:
             failure = network_failure(error, row, limit)
+        finally:
+            EXCHANGE.limit = before  # a log handler of urllib3 may ask a question in between
         if failure.cause is Cause.STALE and self._given_session is None:
             cast(Any, adapter).forget_connections()  # the others are as old
         raise failure
@@ -2983,7 +3005,7 @@ class Lane:
         self._faster_at = now
         self._gap /= 2
 
-    def refused(
+    def limited(
         self, begun: float, now: float, hint: Optional[float], backoff: Callable[[int], float]
     ) -> None:
         """A request of a crowd, begun at `begun`, met the rate limit."""
@@ -3050,7 +3072,7 @@ class Turn:
     """A candidate in the line of one question."""
 
     candidate: Candidate
-    lanes: List[Lane]  # of its model, its account and its provider's host
+    lanes: Dict[Reach, Lane]  # of its model, its account and its provider's host
     attempts: int = 0  # used, also by failures that reached the whole provider
     requests: int = 0  # sent
     ready_at: float = -math.inf  # the question does not ask it before
@@ -3069,13 +3091,14 @@ class Turn:
     begun: float = 0.0  # when it was asked
 
     @property
+    def delay(self) -> float:
+        """The seconds until it is asked, or the question looks again."""
+        return max(self.wait, self.hold)
+
+    @property
     def paced_lanes(self) -> List[Lane]:
         """The lanes of its model and its account; a host as a whole has no pace."""
-        return self.lanes[:2]
-
-    def lane_of(self, reach: Reach) -> Lane:
-        """The lane that a failure with this reach is about."""
-        return self.lanes[list(Reach).index(reach)]
+        return [self.lanes[Reach.MODEL], self.lanes[Reach.ACCOUNT]]
 
 
 LaneKey = Tuple[str, str, str]  # the provider, the key and the model; "" stands for all of them
@@ -3115,7 +3138,7 @@ class Health:
             for turn in line:
                 self._look(turn, now)
             chosen = pick(now)
-            if chosen is not None and chosen.wait <= 0:
+            if chosen is not None and chosen.delay <= 0:
                 self._take(chosen, now)
             return chosen
 
@@ -3125,14 +3148,16 @@ class Health:
         Not before the question's own backoff and the servers' word; nor, for a while, before our
         own pacing. Whoever failed lately, or is being tried by somebody, is asked last.
         """
-        ready_at = max(turn.ready_at, *[lane.ready_at for lane in turn.lanes])
+        ready_at = max(turn.ready_at, *[lane.ready_at for lane in turn.lanes.values()])
         turn.wait = max(0.0, round(ready_at - now, 6))  # less is a clock's rounding
         turn.hold = 0.0
         if self._open > 1 and turn.wait == 0:
             turn.hold = max(lane.hold(now) for lane in turn.paced_lanes)
         is_careful = (turn.candidate.row.name, turn.candidate.key) in self._careful
-        turn.is_opening = turn.hold <= HOLD and not is_careful
-        is_later = any(now < max(lane.later_until, lane.leased_until) for lane in turn.lanes)
+        turn.is_opening = 0 < turn.hold <= HOLD and not is_careful
+        is_later = any(
+            now < max(lane.later_until, lane.leased_until) for lane in turn.lanes.values()
+        )
         turn.is_later = is_later and turn.attempts == 0
 
     def _take(self, turn: Turn, now: float) -> None:
@@ -3142,7 +3167,7 @@ class Health:
         turn.begun = now
         for lane in turn.paced_lanes:
             lane.take(now)
-        for lane in turn.lanes:
+        for lane in turn.lanes.values():
             if lane.failures:
                 lane.leased_until = now + turn.candidate.row.idle_timeout + CONNECT_TIMEOUT
 
@@ -3175,7 +3200,7 @@ class Health:
         """A request failed; notes whether that costs an attempt."""
         with self._lock:
             now = self._catch_up()
-            lane = turn.lane_of(failure.reach)
+            lane = turn.lanes[failure.reach]
             if failure.cause is Cause.TIME_SHARE:
                 lane.silences += 1
             is_silent = lane.silences >= SHORT_SILENCES
@@ -3185,10 +3210,10 @@ class Health:
                 return  # the time was short, which says little of the model
             is_limit = failure.verdict is Verdict.RATE_LIMITED
             if is_limit and self._open > 1 and (failure.hint or 0.0) <= LONG_HINT:
-                lane.refused(turn.begun, now, failure.hint, config.backoff)
+                lane.limited(turn.begun, now, failure.hint, config.backoff)
                 self._be_careful(turn.candidate, lane)
 
-            account = turn.lane_of(Reach.ACCOUNT)
+            account = turn.lanes[Reach.ACCOUNT]
             account.last_failure = self._wall_clock()
             if turn.begun >= lane.failed_at:  # those that were under way together count once
                 lane.failures += 1
@@ -3216,14 +3241,18 @@ class Health:
             self._catch_up()
             for candidate in candidates:
                 name, key = candidate.row.name, candidate.key
-                lanes = [self._lane(name, key, candidate.model), self._lane(name, key, "")]
-                turns.append(Turn(candidate, [*lanes, self._lane(name, "", "")]))
+                lanes = {
+                    Reach.MODEL: self._lane(name, key, candidate.model),
+                    Reach.ACCOUNT: self._lane(name, key, ""),
+                    Reach.PROVIDER: self._lane(name, "", ""),
+                }
+                turns.append(Turn(candidate, lanes))
         return turns
 
     def wait_for_server(self, candidate: Candidate) -> float:
         """Seconds until the server wants to be asked again, 0 if it did not say."""
         (turn,) = self.turns([candidate])
-        return max(0.0, max(lane.ready_at for lane in turn.lanes) - self._clock())
+        return max(0.0, max(lane.ready_at for lane in turn.lanes.values()) - self._clock())
 
     def of_account(self, name: str, key: str, has_key: bool) -> ProviderHealth:
         """What is known of a provider's account, by its latest failure since its last success."""
@@ -3315,7 +3344,7 @@ class Health:
         if lane is None:
             if len(self._lanes) >= MOST_LANES:
                 self._forget_silent_lanes()
-            lane = self._lanes.setdefault((name, key, model), Lane())
+            lane = self._lanes[name, key, model] = Lane()
             if (name, key) in self._careful:
                 lane.be_careful()
         return lane
@@ -3339,7 +3368,7 @@ class Health:
     def _end(self, turn: Turn) -> None:
         """A request is not under way any more, and nobody is trying the candidate."""
         now = self._clock()
-        for lane in turn.lanes:
+        for lane in turn.lanes.values():
             lane.leased_until = min(lane.leased_until, now)
         if not turn.is_granted:
             for lane in turn.paced_lanes:
@@ -3347,11 +3376,11 @@ class Health:
 
     def _forgive(self, turn: Turn) -> None:
         """Forget the failures before the request that succeeded, not those since then."""
-        for lane in turn.lanes:
+        for lane in turn.lanes.values():
             lane.silences = 0
             if lane.failed_at <= turn.begun:
                 lane.forgive()
-        account = turn.lane_of(Reach.ACCOUNT)
+        account = turn.lanes[Reach.ACCOUNT]
         account.last_success = self._wall_clock()
         lanes = self._lanes_of(turn.candidate.row.name, turn.candidate.key)
         if all(lane.failed_at <= turn.begun for lane in lanes):
@@ -3676,7 +3705,7 @@ class Queue:
 
     @contextlib.contextmanager
     def next(self) -> Iterator[Optional[Turn]]:
-        """Whose turn it is, to be waited for or, if its wait is 0, asked; None: nobody is left.
+        """Whose turn it is, to be asked or, if it has a delay, waited for; None: nobody is left.
 
         Whoever is asked has a slot, which is given back at the end of the `with`, whatever happens.
         """
@@ -3710,13 +3739,13 @@ class Queue:
 
         end = 1 + max(turn.place for turn in self._line)
         jitter = 0.8 + 0.2 * self._chance() if self._config.jitter else 1.0
-        reached = asked.lane_of(failure.reach)
+        reached = asked.lanes[failure.reach]
         twins = twins_of(asked, self._line) if failure.rule.holds_for_all_keys else [asked]
         for turn in list(self._line):
             is_sibling = turn.candidate.row is asked.candidate.row
             if failure.cause is Cause.SILENCE and is_sibling:
                 turn.place = end
-            if turn in twins or reached in turn.lanes:
+            if turn in twins or reached in turn.lanes.values():
                 self._punish(turn, failure, jitter, now, end)
         if asked.place == end:
             asked.place = end + 1  # behind its siblings
@@ -3767,19 +3796,18 @@ class Queue:
 
         for turn in turns:
             self._apply_pacing(turn, now)
-        chosen = min(turns, key=wait_of)
+        chosen = min(turns, key=lambda turn: turn.delay)
         for turn in turns:
             patience = min(turn.patience, time_left / 2)
             if turn.is_opening:
                 patience = max(patience, turn.hold)
-            if wait_of(turn) <= min(patience, longest):
+            if turn.delay <= min(patience, longest):
                 chosen = turn
                 break
         # The same model with another key may be ready sooner.
-        chosen = min(twins_of(chosen, turns), key=wait_of)
+        chosen = min(twins_of(chosen, turns), key=lambda turn: turn.delay)
         if chosen.wait > longest:
             return None
-        chosen.wait = wait_of(chosen)
         return chosen
 
     def _apply_pacing(self, turn: Turn, now: float) -> None:
@@ -3790,11 +3818,6 @@ class Queue:
             turn.hold = min(turn.hold, LONGEST_HOLD) + later
         if now + turn.hold > self._half_time:
             turn.hold = 0.0
-
-
-def wait_of(turn: Turn) -> float:
-    """The seconds until a turn is asked, or looks again."""
-    return max(turn.wait, turn.hold)
 
 
 def twins_of(turn: Turn, line: Sequence[Turn]) -> List[Turn]:
@@ -3841,8 +3864,8 @@ class Trail:
 
     def waiting(self, turn: Turn) -> None:
         """A question waits for this turn."""
-        self._waited += turn.wait
-        if turn.wait <= turn.hold:
+        self._waited += turn.delay
+        if turn.wait < turn.delay:
             return  # our own pacing
         if turn.attempts or turn.requests:
             self._tell(f"⏳ Waiting {turn.wait:.2f}s before retry...", again=True)
@@ -4084,7 +4107,7 @@ def rejection(accept: Optional[Accept], text: str) -> Optional[Failure]:
         StopIteration,
     ) as error:  # as json.loads(text)["x"] raises them
         reason = f"the answer was not accepted: {error}"
-    return Failure(Verdict.REJECTED, one_line(reason)[:MAX_LINE])
+    return Failure(Verdict.REJECTED, reason)
 
 
 def is_chat_model(entry: object, free_only: bool) -> bool:
@@ -4114,7 +4137,7 @@ def is_chat_model(entry: object, free_only: bool) -> bool:
 
 
 @dataclasses.dataclass(eq=False)
-class Parts:
+class Shared:
     """What the questions of one client share."""
 
     roster: Roster
@@ -4139,12 +4162,12 @@ class Parts:
     def served(self, row: Provider, key: str, deadline: float) -> List[Json]:
         """The entries of a provider's own models list. Raises Failure if it cannot be had."""
         entries = self.transport.get(row, "/models", key, deadline).get("data")
-        found = []
+        found: Dict[str, Json] = {}
         for entry in entries if isinstance(entries, list) else []:
             name = dig(entry, "id")
             if isinstance(name, str) and self.transport.safe(name, key) == name:
-                found.append(entry)
-        return found
+                found.setdefault(name, entry)
+        return list(found.values())
 
     def check(self, row: Provider, account: Account, key: str, deadline: float) -> CheckReport:
         """Whether a key is accepted, and which of the listed models are served."""
@@ -4184,15 +4207,15 @@ class Parts:
         return ModelList(row.name, models, asked, problem)
 
 
-FORKED: weakref.WeakSet[Parts] = weakref.WeakSet()  # renewed in each new process
+FORKED: weakref.WeakSet[Shared] = weakref.WeakSet()  # renewed in each new process
 
 
-def renew_after_fork(parts: Parts) -> None:
+def renew_after_fork(shared: Shared) -> None:
     """See to it that a forked process does not share connections and locks with its parent.
 
     Two processes that read from one socket would get each other's answers.
     """
-    FORKED.add(parts)
+    FORKED.add(shared)
     register_once()
 
 
@@ -4205,8 +4228,8 @@ def register_once() -> None:
 
 def renew_all() -> None:
     """Give all clients of this process connections and locks of their own."""
-    for parts in FORKED:
-        parts.renew()
+    for shared in FORKED:
+        shared.renew()
 
 
 class Walk:
@@ -4216,32 +4239,36 @@ class Walk:
         self,
         question: Question,
         candidates: List[Candidate],
-        parts: Parts,
+        parts: Shared,
         cancelled: threading.Event,
         is_live: bool = False,
     ) -> None:
         roster = parts.roster
-        limits = [limit for limit in (question.timeout, roster.timeout) if limit is not None]
+        timeout = roster.timeout if question.timeout is None else question.timeout
         self._question = question
         self._candidates = candidates
-        self._parts = parts
+        self._shared = parts
         self._config = roster.retry_config
-        self._timeout = [*limits, math.inf][0]
+        self._timeout = math.inf if timeout is None else timeout
         self._cancelled = cancelled
         self._is_live = is_live
 
     def run(self) -> Generator[str, None, Answer]:
         """Ask whoever is next until one answers; live text comes out as it comes in."""
-        self._trail = Trail(self._config, self._cancelled, self._parts.clock)
+        self._trail = Trail(self._config, self._cancelled, self._shared.clock)
         is_answered = False
         try:
             self._begin()
             while True:
                 with self._line.next() as turn:
-                    if turn is None or self._cancelled.is_set():
-                        self._find_more()
-                    elif turn.wait > 0:
-                        self._wait_for(turn)
+                    if self._cancelled.is_set():
+                        raise self._all_failed()
+                    if turn is None:
+                        self._find_more_or_fail()
+                    elif turn.delay > 0:
+                        # After the wait the question looks again at all of them.
+                        self._trail.waiting(turn)
+                        self._shared.sleep(turn.delay)
                     else:
                         failure = yield from self._attempt(turn)
                         if failure is None:
@@ -4254,25 +4281,20 @@ class Walk:
             is_answered = self._trail.is_shown  # whoever closes a stream has read enough
             raise
         finally:
-            self._parts.health.end(self._trail.attempts, is_answered)
+            self._shared.health.end(self._trail.attempts, is_answered)
 
     def _begin(self) -> None:
         """Start the clock of the question: a stream may be read long after it was made."""
-        parts = self._parts
+        parts = self._shared
         parts.health.begin()
         self._deadline = parts.clock() + self._timeout
         self._line = Queue(
             self._candidates, self._deadline, parts.health, self._config, parts.clock, parts.chance
         )
 
-    def _wait_for(self, turn: Turn) -> None:
-        """Sleep until a turn may be asked; then the question looks again at all of them."""
-        self._trail.waiting(turn)
-        self._parts.sleep(turn.wait)
-
     def _attempt(self, turn: Turn) -> Generator[str, None, Optional[Failure]]:
         """One exchange, and what is learned from it: why it gave no answer, None if it did."""
-        health = self._parts.health
+        health = self._shared.health
         draft = Draft(turn.candidate.model, self._is_live)
         self._trail.asking(turn, draft)
         failure: Optional[Failure] = None
@@ -4284,6 +4306,8 @@ class Walk:
                     if piece and self._is_live:
                         yield piece
             failure = rejection(self._question.accept, draft.text)
+            if failure is not None:  # an exception of the caller may hold anything
+                failure.reason = self._shared.transport.safe(failure.reason, turn.candidate.key)
         except Failure as caught:
             failure = caught
         except GeneratorExit:
@@ -4300,23 +4324,23 @@ class Walk:
     def _learn(self, turn: Turn, failure: Optional[Failure]) -> None:
         """Remember for later questions how an attempt ended."""
         if failure is None or failure.verdict is Verdict.REJECTED:
-            self._parts.health.answered(turn)
+            self._shared.health.answered(turn)
             return
-        self._parts.health.failed(turn, failure, self._config)
+        self._shared.health.failed(turn, failure, self._config)
         if failure.cause is Cause.OPTIONS:
-            self._parts.without_options.add(turn.candidate.row.name)
+            self._shared.without_options.add(turn.candidate.row.name)
 
     def _conversation(self, turn: Turn, draft: Draft) -> Generator[str, None, None]:
         """The text of an answer as it comes. Raises Failure."""
         candidate = turn.candidate
         deadline = self._line.deadline_for(turn)
-        idle_timeout = self._parts.roster.idle_timeout or candidate.row.idle_timeout
+        idle_timeout = self._shared.roster.idle_timeout or candidate.row.idle_timeout
         is_share = deadline < self._deadline
-        limit = TimeLimit(self._parts.clock, deadline, idle_timeout, is_share)
-        with_options = candidate.row.name not in self._parts.without_options
+        limit = TimeLimit(self._shared.clock, deadline, idle_timeout, is_share)
+        with_options = candidate.row.name not in self._shared.without_options
         defaults = candidate.row.parameters_for(candidate.model)
         body = self._question.body(candidate.model, defaults, with_options)
-        pieces = self._parts.transport.converse(candidate.row, candidate.key, body, draft, limit)
+        pieces = self._shared.transport.converse(candidate.row, candidate.key, body, draft, limit)
         with contextlib.closing(pieces):
             for piece in pieces:
                 if piece and self._is_live:
@@ -4339,7 +4363,7 @@ class Walk:
             message = f"{turn.candidate.label} refused the question: {failure.reason}"
             raise AnswerRefused(message, attempts, reason=failure.reason)
 
-    def _find_more(self) -> None:
+    def _find_more_or_fail(self) -> None:
         """Ask providers all of whose models are gone for others. Raises AllProvidersFailed."""
         rows = dict.fromkeys(candidate.row for candidate in self._candidates)
         for row in rows:
@@ -4348,11 +4372,11 @@ class Walk:
             if self._question.model is not None or not gone or asked - gone:
                 continue
             self._search(row, gone)
-            models = self._parts.roster.models_of(row)
-            found = self._parts.roster.candidates_of(row, models)
+            models = self._shared.roster.models_of(row)
+            found = self._shared.roster.candidates_of(row, models)
             new = [candidate for candidate in found if candidate.model not in asked]
             self._candidates.extend(new)
-            if not self._cancelled.is_set() and self._line.add(new):
+            if self._line.add(new):
                 return
         raise self._all_failed()
 
@@ -4361,22 +4385,22 @@ class Walk:
 
         One question fetches the list; those that need it meanwhile wait for it.
         """
-        health = self._parts.health
-        models = self._parts.roster.models
+        health = self._shared.health
+        models = self._shared.roster.models
         while gone.issuperset(models.get(row.name, ())) and not self._cancelled.is_set():
             wait = health.search(row.name)
-            now = self._parts.clock()
+            now = self._shared.clock()
             if wait is None or now + wait >= self._deadline:
                 return
             if wait > 0:
-                self._parts.sleep(wait)
+                self._shared.sleep(wait)
                 continue
 
             served = None
             with contextlib.suppress(Failure):
-                for account, key in self._parts.roster.accounts_of(row):
+                for account, key in self._shared.roster.accounts_of(row):
                     if not account.problem:
-                        served = self._parts.served(row, key, (now + self._deadline) / 2)
+                        served = self._shared.served(row, key, (now + self._deadline) / 2)
                         break
             chatting = [e["id"] for e in served or () if is_chat_model(e, row.free_only)]
             found = [model for model in chatting if model not in gone][:MOST_REPLACEMENTS]
@@ -4391,7 +4415,7 @@ class Walk:
     def _all_failed(self) -> AllProvidersFailed:
         """The error of a question that nobody answered, with what to do."""
         trail = self._trail
-        waits = [self._parts.health.wait_for_server(candidate) for candidate in self._candidates]
+        waits = [self._shared.health.wait_for_server(candidate) for candidate in self._candidates]
         retry_after = min([wait for wait in waits if wait > 0], default=None)
         lines = [self._headline()]
         for label, (candidate, failure) in list(trail.failures.items())[:6]:
@@ -4405,14 +4429,14 @@ class Walk:
     def _headline(self) -> str:
         """In one sentence, what was asked, what was not, and who else could answer."""
         trail = self._trail
-        accounts = self._parts.roster.accounts()
+        accounts = self._shared.roster.accounts()
         rejected = {(a.provider, a.model) for a in trail.attempts if a.verdict is Verdict.REJECTED}
         if rejected:
             return f"{count_of(len(rejected), 'model')} answered; none was accepted"
         unasked = [c for c in self._candidates if not trail.was_asked(c)]
         chosen = {candidate.row.name for candidate in self._candidates}
         others = [a.label for a in accounts if not a.problem and a.provider not in chosen]
-        is_late = self._parts.clock() >= self._deadline - 0.01
+        is_late = self._shared.clock() >= self._deadline - 0.01
         if not unasked and not others and not is_late:
             return "All providers and models failed"
 
@@ -4432,7 +4456,7 @@ class Walk:
     def _why_unasked(self, label: str, unasked: Sequence[Candidate]) -> str:
         """Why models of an account were not asked."""
         candidates = [candidate for candidate in unasked if candidate.label == label]
-        pause = min(self._parts.health.wait_for_server(candidate) for candidate in candidates)
+        pause = min(self._shared.health.wait_for_server(candidate) for candidate in candidates)
         if pause > 0:
             return f"{label} is rate-limited for {duration_words(pause)} more"
         return f"{count_of(len(candidates), 'model')} of {label} not asked"
@@ -4441,7 +4465,7 @@ class Walk:
         """What to do about a failure."""
         row = candidate.row
         advice = failure.advice or failure.rule.advice
-        near = self._parts.roster.nearest_model(candidate)
+        near = self._shared.roster.nearest_model(candidate)
         if failure.verdict is Verdict.GONE and near:
             advice = f"did you mean {near}? see list_models"
         words = {
@@ -4523,6 +4547,13 @@ class FallbackLLM:
     or dict that is changed, at the next question.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_roster",
+        "_settings",
+        "_shared",
+    )  # a misspelt attribute is refused
+
     retry_config = Setting[RetryConfig]("How often a model is asked, and how long to wait.")
     timeout = Setting[Optional[float]]("The time limit of a whole question; None: there is none.")
     idle_timeout = Setting[Optional[float]]("Seconds without progress; None: those of each row.")
@@ -4565,7 +4596,7 @@ class FallbackLLM:
         self.retry_config = RetryConfig() if retry_config is None else retry_config
         self.timeout = timeout
         self.idle_timeout = idle_timeout
-        self._parts = Parts(
+        self._shared = Shared(
             roster=self._roster,
             health=Health(clock, wall_clock),
             transport=Transport(clock, wall_clock, session, self._roster.all_keys),
@@ -4573,7 +4604,7 @@ class FallbackLLM:
             sleep=sleep,
             chance=random.random if chance is None else chance,
         )
-        renew_after_fork(self._parts)
+        renew_after_fork(self._shared)
 
     def __repr__(self) -> str:
         return f"<FallbackLLM {', '.join(self.fallback_order)}>"
@@ -4601,7 +4632,7 @@ class FallbackLLM:
 
     def close(self) -> None:
         """Close the connections that are kept alive."""
-        self._parts.transport.close()
+        self._shared.transport.close()
 
     @property
     def provider_health(self) -> Dict[str, ProviderHealth]:
@@ -4610,7 +4641,7 @@ class FallbackLLM:
         states = list(ProviderStatus)
         for row in self._roster.all_rows.values():
             for account, key in self._roster.accounts_of(row):
-                known = self._parts.health.of_account(row.name, key, not account.problem)
+                known = self._shared.health.of_account(row.name, key, not account.problem)
                 health[account.label] = known
                 best = health.setdefault(row.name, known)  # the provider is as well as its best key
                 if states.index(known.status) < states.index(best.status):
@@ -4749,11 +4780,11 @@ class FallbackLLM:
 
         Yields each report as it is known. timeout: seconds for all of them together.
         """
-        deadline = self._parts.deadline_of_check(timeout)
+        deadline = self._shared.deadline_of_check(timeout)
         todo = []
         for row in self._roster.rows(provider):
             for account, key in self._roster.accounts_of(row):
-                todo.append(functools.partial(self._parts.check, row, account, key, deadline))
+                todo.append(functools.partial(self._shared.check, row, account, key, deadline))
         pool = Workers(lambda check: check(), len(todo))
         for number, check in enumerate(todo):
             pool.submit(number, check)
@@ -4767,22 +4798,22 @@ class FallbackLLM:
         self, provider: Names = None, timeout: Optional[float] = None
     ) -> List[ModelList]:
         """The models that these providers serve: those that are asked first, in their order."""
-        deadline = self._parts.deadline_of_check(timeout)
-        return [self._parts.model_list(row, deadline) for row in self._roster.rows(provider)]
+        deadline = self._shared.deadline_of_check(timeout)
+        return [self._shared.model_list(row, deadline) for row in self._roster.rows(provider)]
 
     def get_stats(self) -> Dict[str, int]:
         """Counts since the last reset. A request is a question; a 429 reply is rate-limited."""
-        return self._parts.health.counts()
+        return self._shared.health.counts()
 
     def reset_stats(self) -> None:
         """Set all counts to zero."""
-        self._parts.health.reset_counts()
+        self._shared.health.reset_counts()
 
     def _walk(self, question: Question, cancelled: threading.Event, is_live: bool = False) -> Walk:
         """The walk of a checked question. Raises ValueError, and NoProviderError."""
         self.retry_config.validate()
         candidates = self._roster.candidates(question.provider, question.model)
-        return Walk(question, candidates, self._parts, cancelled, is_live)
+        return Walk(question, candidates, self._shared, cancelled, is_live)
 
     def _complete(self, question: Question, cancelled: Optional[threading.Event] = None) -> Answer:
         """The answer to a checked question."""

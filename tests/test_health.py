@@ -516,6 +516,12 @@ STATES: dict[str, Any] = {  # the story, the time; status, success, failure, fai
         9,
         (HEALTHY, 8, 5, 0, None),
     ),
+    "unpaid": (Story().fails(5, DENIED), 9, (UNAVAILABLE, None, 5, 1, None)),
+    "unpaid, and a free model answered": (
+        Story().fails(5, DENIED).answers(6, model="a2"),
+        9,
+        (HEALTHY, 6, 5, 0, None),
+    ),
     "unsuitable": (Story().fails(5, Verdict.UNSUITABLE), 9, (HEALTHY, None, None, 0, None)),
     "refused": (Story().fails(5, Verdict.REFUSED), 9, (HEALTHY, None, None, 0, None)),
     "rejected": (Story().fails(5, Verdict.REJECTED), 9, (HEALTHY, None, None, 0, None)),

@@ -10,7 +10,7 @@ import math
 import os
 import pickle
 from pathlib import Path
-from typing import Any, Generator, Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -31,6 +31,7 @@ from fallback_llm import (
     ProviderHealth,
     ProviderStatus,
     RetryConfig,
+    Stream,
     StreamInterrupted,
     Verdict,
 )
@@ -262,16 +263,11 @@ def test_what_holds_for_every_walk(script: Any, most: int, waits: bool, limit: A
         assert UNSUITABLE not in replies[: len(asked) - 1]
 
 
-def read(pieces: Generator[str, None, Answer]) -> Answer:
-    """What a stream returns when all of it has been read."""
-    answers: list[Answer] = []
-
-    def note_answer() -> Iterator[str]:
-        answer = yield from pieces
-        answers.append(answer)
-
-    assert "".join(note_answer())
-    return answers[0]
+def read(stream: Stream) -> Answer:
+    """The answer of a stream when all of it has been read."""
+    assert "".join(stream)
+    assert stream.answer is not None
+    return stream.answer
 
 
 class Chronicle:

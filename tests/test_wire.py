@@ -1151,17 +1151,20 @@ def test_white_space_without_end(text: str) -> None:
 
 @pytest.mark.usefixtures("bounded")
 @pytest.mark.parametrize("words", ["I will not. " * 80, "No" * 500], ids=["words", "no blanks"])
-def test_a_refusal_of_30_megabytes(words: str) -> None:
-    """Its beginning is the reason."""
+def test_a_refusal_of_megabytes(words: str) -> None:
+    """Its beginning is the reason; one that is longer than any model's is given up."""
     draft = Draft("m", False)
-    piece = Event(json.dumps({"choices": [{"delta": {"refusal": words}}]}))
-    for _ in range(30 * MILLION // len(words)):
-        draft.take(piece)
+    piece = {"delta": {"refusal": words}}
+    take(draft, *itertools.repeat(piece, MAX_EVENT * 3 // 4 // len(words)))
     draft.take(Event("[DONE]"))
     with pytest.raises(Failure) as caught:
         draft.end()
     assert caught.value.verdict is Verdict.REFUSED
     assert redacted(caught.value.reason).startswith(words[:10])
+
+    with pytest.raises(Failure) as caught:
+        take(Draft("m", False), *itertools.repeat(piece, 2 + MAX_EVENT // len(words)))
+    assert caught.value.verdict is Verdict.FAULT
 
 
 TRICKLES = {
@@ -1216,7 +1219,7 @@ def test_a_reply_without_end_is_given_up(pieces: Iterator[bytes]) -> None:
 
 
 @pytest.mark.usefixtures("bounded")
-@pytest.mark.parametrize("name", ["content", "reasoning"])
+@pytest.mark.parametrize("name", ["content", "reasoning", "thinking"])
 def test_an_answer_without_end_is_given_up(name: str) -> None:
     """Text or thoughts."""
     choice = {"delta": {name: "x" * 65536}}
