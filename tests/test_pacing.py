@@ -262,7 +262,7 @@ def test_what_is_refused_does_not_grow_with_the_crowd() -> None:
 
 def test_a_crowd_that_meets_no_limit_goes_nowhere_else() -> None:
     """Nobody is sent to another model without need."""
-    crowd = Crowd(32, {"a": [Metered(takes=1.0)]})
+    crowd = Crowd(64, {"a": [Metered(takes=1.0)]})
     crowd.ask(300)
     assert {asked.model for asked in crowd.server.asked} == {"a"}
 
@@ -290,7 +290,8 @@ def asks(world: World, **arguments: Any) -> int:
 
 def test_a_lone_question_keeps_its_backoff() -> None:
     """2, 4, 8, 16 seconds, question after question, whatever was met."""
-    world = World({"a": [limited()]}, providers=ALONE)
+    world = World({"a": [says("A"), limited()]}, providers=ALONE)
+    assert asks(world) == 1
     for _ in range(3):
         assert asks(world) == 5
         world.clock.now += 100
@@ -409,6 +410,16 @@ def test_a_crowd_that_is_answered_loses_nothing_with_a_single_attempt(told: bool
     assert crowd.lost == 0
     assert len(crowd.server.asked) == 60 + crowd.refused
     assert crowd.refused <= 25
+
+
+@pytest.mark.parametrize("limit", [2, 5])
+def test_whoever_was_refused_is_not_the_first_to_try_again(limit: int) -> None:
+    """So refusals do not all meet the same question."""
+    crowd = Crowd(8, {"a": [Metered(Quota(limit))]}, providers=ALONE)
+    crowd.ask(40)
+    refused = [sum(a.status == 429 for a in answer.attempts) for answer in crowd.answers]
+    assert crowd.lost == 0
+    assert max(refused) <= 2
 
 
 def is_unlucky(asked: Asked) -> bool:
@@ -540,6 +551,16 @@ def test_a_lane_heals_when_a_quota_grows() -> None:
     assert crowd.lost == 0
     assert crowd.took <= 1200 + 200
     assert last[-1] - last[0] <= 11
+
+
+def test_a_quota_of_a_day_is_no_pace() -> None:
+    """Each day all of it is used within seconds; the rest is told when to come back."""
+    crowd = Crowd(8, {"a": [Metered(Quota(40, window=86400.0, fixed=True))]}, providers=ALONE)
+    for day in range(1, 5):
+        crowd.clock.now = max(crowd.clock.now, 86400.0 * day)
+        crowd.ask(60)
+        assert crowd.took <= 6
+        assert (len(crowd.answers), crowd.lost) == (40 * day, 20 * day)
 
 
 def main() -> None:
