@@ -370,7 +370,7 @@ def flaw_of(key: str) -> str:
     if is_placeholder(key):
         return "holds a placeholder"
     if "$" in key:
-        return "contains a $, but references are not expanded: write the key itself"
+        return "contains a reference (${...} or $), which is not expanded: write the key itself"
     if "#" in key:
         return "contains a #: put a comment on a line of its own"
     if not re.fullmatch("[!-~]+", key):
@@ -2043,6 +2043,7 @@ class Draft:
                     found = True
             if isinstance(message.get("refusal"), str):
                 self._refusals.append(message["refusal"])
+                self._size += len(message["refusal"])
         self._has_reasoning = self._has_reasoning or found
         return found
 
@@ -2155,7 +2156,8 @@ SLOWEST_UPLOAD = 100000  # bytes a second; a question is given the time to arriv
 MAX_BODY = 64 * 1024 * 1024  # bytes of a reply; MAX_EVENT bounds what can be in it
 MAX_LIST = 2 * 1024 * 1024  # bytes of a models list (OpenRouter's has 530 KB, 2026-08)
 MAX_ERROR_BODY = 256 * 1024  # bytes of an HTTP error that are read
-MAX_LINE = 300  # characters of a reason that are shown
+MAX_LINE = 300  # characters of a reason that are shown,
+MAX_SUMMARY = 150  # and of those at the end of a question that failed
 POOL_WIDTH = 128  # connections kept per host; with urllib3's 10, threads would reconnect
 READ_SIZE = 65536
 REQUEST_IDS = ("x-request-id", "x-generation-id", "inference-id", "request-id")
@@ -2229,7 +2231,7 @@ def safe_line(text: str, secrets: Iterable[str]) -> str:
     line = one_line(clipped(text))
     line = "".join(char if char.isprintable() else " " for char in line)
     for secret in sorted(secrets, key=len, reverse=True):
-        if len(secret) >= 8:  # "EMPTY" or "ollama" is no secret
+        if len(secret) >= 4:
             line = secret_pattern(secret).sub("[key]", line)
     line = KEY_PREFIX.sub("[key]", line)
     line = re.sub(r"(?i)(?<=bearer )[\w.~+/=-]{8,}", "[key]", line)
@@ -4092,24 +4094,6 @@ def work_through(
         pool.stop()
 
 
-def rejection(accept: Optional[Accept], text: str) -> Optional[Failure]:
-    """The failure of an answer that the caller does not accept."""
-    if accept is None:
-        return None
-    try:
-        if accept(text):
-            return None
-        reason = "the answer was not accepted"
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        StopIteration,
-    ) as error:  # as json.loads(text)["x"] raises them
-        reason = f"the answer was not accepted: {error}"
-    return Failure(Verdict.REJECTED, reason)
-
-
 def is_chat_model(entry: object, free_only: bool) -> bool:
     """Whether an entry of a models list is a model that answers text with text.
 
@@ -4305,9 +4289,7 @@ class Walk:
                         health.granted(turn)
                     if piece and self._is_live:
                         yield piece
-            failure = rejection(self._question.accept, draft.text)
-            if failure is not None:  # an exception of the caller may hold anything
-                failure.reason = self._shared.transport.safe(failure.reason, turn.candidate.key)
+            failure = self._rejection(turn, draft.text)
         except Failure as caught:
             failure = caught
         except GeneratorExit:
@@ -4320,6 +4302,21 @@ class Walk:
             health.granted(turn)  # no quota has refused it
         self._learn(turn, failure)
         return failure
+
+    def _rejection(self, turn: Turn, text: str) -> Optional[Failure]:
+        """The failure of an answer that the caller does not accept."""
+        accept = self._question.accept
+        if accept is None:
+            return None
+        try:
+            if accept(text):
+                return None
+            reason = "the answer was not accepted"
+        except (ValueError, LookupError, TypeError, StopIteration) as error:
+            # As json.loads(text)["x"] raises them; what they say may hold anything.
+            reason = f"the answer was not accepted: {error}"
+        reason = self._shared.transport.safe(reason, turn.candidate.key)
+        return Failure(Verdict.REJECTED, reason)
 
     def _learn(self, turn: Turn, failure: Optional[Failure]) -> None:
         """Remember for later questions how an attempt ended."""
@@ -4420,6 +4417,8 @@ class Walk:
         lines = [self._headline()]
         for label, (candidate, failure) in list(trail.failures.items())[:6]:
             reason = failure.summary or failure.reason
+            if len(reason) > MAX_SUMMARY:
+                reason = reason[: MAX_SUMMARY - 1].rstrip() + "…"
             advice = self._advice(candidate, failure)
             lines.append(f"   {label} {candidate.model}: {reason} → {advice}")
         if retry_after is not None:
