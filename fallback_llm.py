@@ -1050,7 +1050,7 @@ class ErrorReport(NamedTuple):
 
     message: str
     codes: List[str]
-    fields: Dict[str, List[Any]]  # all values by name in lower case, the outermost first
+    fields: Dict[str, List[object]]  # all values by name in lower case, the outermost first
 
 
 def judge(status: int, headers: Mapping[str, str], body: object, now: float) -> Failure:
@@ -1135,9 +1135,9 @@ def read_error(body: object) -> ErrorReport:
     return ErrorReport(message_of(fields), codes, fields)
 
 
-def flattened(body: object) -> Dict[str, List[Any]]:
+def flattened(body: object) -> Dict[str, List[object]]:
     """All values of an error and of what is nested in it, by name in lower case."""
-    fields: Dict[str, List[Any]] = {}
+    fields: Dict[str, List[object]] = {}
     parts = collections.deque([body])
     looked_at = 0
     while parts and looked_at < MAX_PARTS:
@@ -1157,21 +1157,22 @@ def flattened(body: object) -> Dict[str, List[Any]]:
     return fields
 
 
-def is_relayed(fields: Mapping[str, List[Any]]) -> bool:
+def is_relayed(fields: Mapping[str, List[object]]) -> bool:
     """Whether the outermost message is a router's, about its supplier."""
     messages = fields.get("message", [""])
     return str(messages[0])[:100].lower().startswith(RELAYED)
 
 
-def message_of(fields: Mapping[str, List[Any]]) -> str:
+def message_of(fields: Mapping[str, List[object]]) -> str:
     """The message of an error, in one line, each text once."""
-    values: List[Any] = []
+    values: List[object] = []
     for name in MESSAGE_FIELDS:
         values = values or [value for value in fields.get(name, []) if value]
     texts: List[str] = []
     for value in values:
-        text = value
-        if not isinstance(value, str):
+        if isinstance(value, str):
+            text = value
+        else:
             try:
                 text = json.dumps(value, ensure_ascii=False).replace("\\n", " ")
             except (ValueError, RecursionError):
@@ -2300,7 +2301,7 @@ class BoundedSocket(Bounded, socket.socket):
     """A plain connection; `bounded_session` makes the same of ssl.SSLSocket."""
 
 
-def connected(host: str, port: int, options: Iterable[Any]) -> socket.socket:
+def connected(host: str, port: int, options: Iterable[Tuple[int, int, int]]) -> socket.socket:
     """A connection to the first address that answers. Raises OSError, also for unknown names.
 
     urllib3 gives each address the whole timeout, so four dead ones take four times as long. Here
@@ -2335,7 +2336,7 @@ def addresses_of(host: str, port: int, seconds: float) -> List[Any]:
 
     The name is looked up in a thread, as nothing else can end a look-up.
     """
-    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    found: queue.SimpleQueue[object] = queue.SimpleQueue()
 
     def look_up() -> None:
         try:
@@ -2606,7 +2607,7 @@ class Transport:
     def renew(self) -> None:
         """Begin without connections, as each process must after a fork."""
         self._session = self._given_session or bounded_session()
-        self._templates: Dict[Tuple[str, str, str], Tuple[Any, Dict[str, Any]]] = {}
+        self._templates: Dict[Tuple[str, str, str], Tuple[requests.PreparedRequest, Json]] = {}
 
     def close(self) -> None:
         """Close the connections that are kept alive."""
@@ -2727,7 +2728,7 @@ class Transport:
             cast(Any, adapter).forget_connections()  # the others are as old
         raise failure
 
-    def _template(self, method: str, url: str, key: str) -> Tuple[Any, Dict[str, Any]]:
+    def _template(self, method: str, url: str, key: str) -> Tuple[requests.PreparedRequest, Json]:
         """A request without a body, and the settings of the environment: proxy, certificates."""
         import requests
 
@@ -2745,7 +2746,7 @@ class Transport:
                 headers["Authorization"] = "Bearer " + key
             request = requests.Request(method, url, headers).prepare()
             merged = self._session.merge_environment_settings(url, {}, True, None, None)
-            settings: Dict[str, Any] = dict(merged)
+            settings: Json = dict(merged)
             settings["proxies"] = self._proxies(url, settings["proxies"])
             if len(self._templates) >= POOL_WIDTH:
                 self._templates.clear()  # keys that change all the time must not pile up
@@ -3477,7 +3478,7 @@ class Roster:
         if order:
             self.fallback_order = [row.name for row in self.rows(order, ORDER_VARIABLE)]
 
-    def change(self, name: str, value: Any) -> None:
+    def change(self, name: str, value: object) -> None:
         """Set an attribute. Raises ValueError, with its name, for a value that cannot be right."""
         if name == "retry_config" and not isinstance(value, RetryConfig):
             raise ValueError(f"retry_config must be a RetryConfig, not {quoted(value)}")
@@ -4009,17 +4010,17 @@ def duration_words(seconds: float) -> str:
     return f"{seconds} s"
 
 
-class Workers:
+class Workers(Generic[Item, Result]):
     """Threads that call a function. They are daemons: nobody has to wait for them at the end."""
 
-    def __init__(self, function: Callable[[Any], Any], most: int) -> None:
+    def __init__(self, function: Callable[[Item], Result], most: int) -> None:
         self._function = function
         self._most = most
         self._threads: List[threading.Thread] = []
-        self._todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[Optional[Tuple[int, Item]]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Tuple[int, Union[Result, Raised]]] = queue.SimpleQueue()
 
-    def submit(self, number: int, item: object) -> None:
+    def submit(self, number: int, item: Item) -> None:
         """Have the function called for the item."""
         self._todo.put((number, item))
         if len(self._threads) < self._most:
@@ -4031,14 +4032,14 @@ class Workers:
             else:
                 self._threads.append(thread)
 
-    def next_result(self) -> Tuple[int, Any]:
+    def next_result(self) -> Tuple[int, Result]:
         """The number and the result of a call that has ended; its exception is raised."""
         if not self._threads:
             self._todo.put(None)
             self._work()
-        number, result, error = self._done.get()
-        if error is not None:
-            raise error
+        number, result = self._done.get()
+        if isinstance(result, Raised):
+            raise result.error
         return number, result
 
     def stop(self) -> None:
@@ -4051,11 +4052,18 @@ class Workers:
 
     def _work(self) -> None:
         """Call the function for one item after the other, until there is a None."""
-        for number, item in iter(self._todo.get, None):
+        for task in iter(self._todo.get, None):
+            number, item = task
             try:
-                self._done.put((number, self._function(item), None))
+                self._done.put((number, self._function(item)))
             except BaseException as error:  # noqa: BLE001 - next_result raises it
-                self._done.put((number, None, error))
+                self._done.put((number, Raised(error)))
+
+
+class Raised(NamedTuple):
+    """What a call of a function has raised."""
+
+    error: BaseException
 
 
 def work_through(
@@ -4492,12 +4500,12 @@ class Setting(Generic[Value]):
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, client: Any, owner: Optional[type] = None) -> Value:
+    def __get__(self, client: Optional[FallbackLLM], owner: Optional[type] = None) -> Value:
         if client is None:
             return cast(Value, self)
         return cast(Value, getattr(client._roster, self._name))
 
-    def __set__(self, client: Any, value: Value) -> None:
+    def __set__(self, client: FallbackLLM, value: Value) -> None:
         client._roster.change(self._name, value)
 
 
@@ -4584,7 +4592,7 @@ class FallbackLLM:
         if api_keys is not None and not isinstance(api_keys, Mapping):
             raise ValueError(f"api_keys must be a dict, not {type(api_keys).__name__}")
         rows = None if providers is None else tuple(providers)
-        self._settings: Dict[str, Any] = {
+        self._settings: Json = {
             "providers": rows,
             "clock": clock,
             "wall_clock": wall_clock,
@@ -4625,7 +4633,7 @@ class FallbackLLM:
         make = functools.partial(type(self), self.retry_config, **arguments)
         return make, (), {"fallback_order": self.fallback_order, "models": self.models}
 
-    def __setstate__(self, state: Dict[str, Any]) -> None:
+    def __setstate__(self, state: Json) -> None:
         self.fallback_order = list(state["fallback_order"])
         self.models = {name: list(ids) for name, ids in state["models"].items()}
 
@@ -4780,10 +4788,11 @@ class FallbackLLM:
         Yields each report as it is known. timeout: seconds for all of them together.
         """
         deadline = self._shared.deadline_of_check(timeout)
-        todo = []
+        todo: List[Callable[[], CheckReport]] = []
         for row in self._roster.rows(provider):
             for account, key in self._roster.accounts_of(row):
                 todo.append(functools.partial(self._shared.check, row, account, key, deadline))
+        pool: Workers[Callable[[], CheckReport], CheckReport]
         pool = Workers(lambda check: check(), len(todo))
         for number, check in enumerate(todo):
             pool.submit(number, check)
