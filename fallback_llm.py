@@ -1507,10 +1507,8 @@ class Question:
         """Raise ValueError for an argument that is wrong or unknown."""
         for name in self.parameters:
             check_parameter_name(name)
-        if self.accept is not None and not callable(self.accept):
-            raise ValueError(f"accept must be a function of the text, not {quoted(self.accept)}")
-        if inspect.iscoroutinefunction(self.accept):
-            raise ValueError("accept must be an ordinary function, not an async one")
+        if self.accept is not None:
+            check_accept(self.accept)
         self.max_tokens = int(check_number("max_tokens", self.max_tokens))
         for name, value in (
             ("timeout", self.timeout),
@@ -1574,6 +1572,14 @@ def check_parameter_name(name: object) -> None:
     raise ValueError(
         f"unknown parameter {quoted(name)}: what a provider has of its own goes into extra_body"
     )
+
+
+def check_accept(accept: object) -> None:
+    """Raise ValueError unless this can be called with the text of an answer."""
+    if not callable(accept):
+        raise ValueError(f"accept must be a function of the text, not {quoted(accept)}")
+    if inspect.iscoroutinefunction(accept):
+        raise ValueError("accept must be an ordinary function, not an async one")
 
 
 def check_extra_body(fields: object) -> None:
@@ -1823,6 +1829,7 @@ def is_moderation_model(name: str) -> bool:
     return not MODERATION_WORDS.isdisjoint(words) or "content-safety" in name.lower()
 
 
+@functools.lru_cache(maxsize=64)
 def end_word(finish_reason: str) -> str:
     """A finish_reason in the spelling of the lists above: maxTokens and MAX-TOKENS are one."""
     words = re.sub("(?<=[a-z])(?=[A-Z])", "_", finish_reason).lower().replace("-", "_")
@@ -2039,7 +2046,8 @@ class Draft:
                 if name in THOUGHT_FIELDS and not is_empty(thought):
                     found = True
                     self._size += len(thought) if isinstance(thought, str) else 0
-            for part in parts_of(message.get("content")):
+            content = message.get("content")
+            for part in [] if isinstance(content, str) else parts_of(content):
                 if is_thought(part) and not is_empty({**part, "type": ""}):
                     found = True
             if isinstance(message.get("refusal"), str):
@@ -2107,10 +2115,10 @@ def is_thought(part: object) -> bool:
 
 
 def parts_of(content: object) -> List[Any]:
-    """The parts of a message's content, which may be one text or object, or a list."""
+    """The parts of a message's content, which may be a list, one object, or nothing."""
     if isinstance(content, list):
         return content
-    return [content]
+    return [content] if content else []
 
 
 def text_of(content: object) -> str:
@@ -3070,12 +3078,25 @@ class Lane:
         self._gap = self._measured
 
 
+class Lanes(NamedTuple):
+    """The lanes of a candidate."""
+
+    model: Lane
+    account: Lane
+    provider: Lane  # its host, with all keys
+
+    def of(self, reach: Reach) -> Lane:
+        """The lane that a failure with this reach is about."""
+        lane: Lane = getattr(self, reach.value)
+        return lane
+
+
 @dataclasses.dataclass(eq=False)
 class Turn:
     """A candidate in the line of one question."""
 
     candidate: Candidate
-    lanes: Dict[Reach, Lane]  # of its model, its account and its provider's host
+    lanes: Lanes
     attempts: int = 0  # used, also by failures that reached the whole provider
     requests: int = 0  # sent
     ready_at: float = -math.inf  # the question does not ask it before
@@ -3101,7 +3122,7 @@ class Turn:
     @property
     def paced_lanes(self) -> List[Lane]:
         """The lanes of its model and its account; a host as a whole has no pace."""
-        return [self.lanes[Reach.MODEL], self.lanes[Reach.ACCOUNT]]
+        return [self.lanes.model, self.lanes.account]
 
 
 LaneKey = Tuple[str, str, str]  # the provider, the key and the model; "" stands for all of them
@@ -3151,16 +3172,14 @@ class Health:
         Not before the question's own backoff and the servers' word; nor, for a while, before our
         own pacing. Whoever failed lately, or is being tried by somebody, is asked last.
         """
-        ready_at = max(turn.ready_at, *[lane.ready_at for lane in turn.lanes.values()])
+        ready_at = max(turn.ready_at, *[lane.ready_at for lane in turn.lanes])
         turn.wait = max(0.0, round(ready_at - now, 6))  # less is a clock's rounding
         turn.hold = 0.0
         if self._open > 1 and turn.wait == 0:
             turn.hold = max(lane.hold(now) for lane in turn.paced_lanes)
         is_careful = (turn.candidate.row.name, turn.candidate.key) in self._careful
         turn.is_opening = 0 < turn.hold <= HOLD and not is_careful
-        is_later = any(
-            now < max(lane.later_until, lane.leased_until) for lane in turn.lanes.values()
-        )
+        is_later = any(now < max(lane.later_until, lane.leased_until) for lane in turn.lanes)
         turn.is_later = is_later and turn.attempts == 0
 
     def _take(self, turn: Turn, now: float) -> None:
@@ -3170,7 +3189,7 @@ class Health:
         turn.begun = now
         for lane in turn.paced_lanes:
             lane.take(now)
-        for lane in turn.lanes.values():
+        for lane in turn.lanes:
             if lane.failures:
                 lane.leased_until = now + turn.candidate.row.idle_timeout + CONNECT_TIMEOUT
 
@@ -3203,7 +3222,7 @@ class Health:
         """A request failed; notes whether that costs an attempt."""
         with self._lock:
             now = self._catch_up()
-            lane = turn.lanes[failure.reach]
+            lane = turn.lanes.of(failure.reach)
             if failure.cause is Cause.TIME_SHARE:
                 lane.silences += 1
             is_silent = lane.silences >= SHORT_SILENCES
@@ -3216,7 +3235,7 @@ class Health:
                 lane.limited(turn.begun, now, failure.hint, config.backoff)
                 self._be_careful(turn.candidate, lane)
 
-            account = turn.lanes[Reach.ACCOUNT]
+            account = turn.lanes.account
             account.last_failure = self._wall_clock()
             if turn.begun >= lane.failed_at:  # those that were under way together count once
                 lane.failures += 1
@@ -3244,18 +3263,18 @@ class Health:
             self._catch_up()
             for candidate in candidates:
                 name, key = candidate.row.name, candidate.key
-                lanes = {
-                    Reach.MODEL: self._lane(name, key, candidate.model),
-                    Reach.ACCOUNT: self._lane(name, key, ""),
-                    Reach.PROVIDER: self._lane(name, "", ""),
-                }
+                lanes = Lanes(
+                    model=self._lane(name, key, candidate.model),
+                    account=self._lane(name, key, ""),
+                    provider=self._lane(name, "", ""),
+                )
                 turns.append(Turn(candidate, lanes))
         return turns
 
     def wait_for_server(self, candidate: Candidate) -> float:
         """Seconds until the server wants to be asked again, 0 if it did not say."""
         (turn,) = self.turns([candidate])
-        return max(0.0, max(lane.ready_at for lane in turn.lanes.values()) - self._clock())
+        return max(0.0, max(lane.ready_at for lane in turn.lanes) - self._clock())
 
     def of_account(self, name: str, key: str, has_key: bool) -> ProviderHealth:
         """What is known of a provider's account, by its latest failure since its last success."""
@@ -3371,7 +3390,7 @@ class Health:
     def _end(self, turn: Turn) -> None:
         """A request is not under way any more, and nobody is trying the candidate."""
         now = self._clock()
-        for lane in turn.lanes.values():
+        for lane in turn.lanes:
             lane.leased_until = min(lane.leased_until, now)
         if not turn.is_granted:
             for lane in turn.paced_lanes:
@@ -3379,11 +3398,11 @@ class Health:
 
     def _forgive(self, turn: Turn) -> None:
         """Forget the failures before the request that succeeded, not those since then."""
-        for lane in turn.lanes.values():
+        for lane in turn.lanes:
             lane.silences = 0
             if lane.failed_at <= turn.begun:
                 lane.forgive()
-        account = turn.lanes[Reach.ACCOUNT]
+        account = turn.lanes.account
         account.last_success = self._wall_clock()
         lanes = self._lanes_of(turn.candidate.row.name, turn.candidate.key)
         if all(lane.failed_at <= turn.begun for lane in lanes):
@@ -3742,13 +3761,13 @@ class Queue:
 
         end = 1 + max(turn.place for turn in self._line)
         jitter = 0.8 + 0.2 * self._chance() if self._config.jitter else 1.0
-        reached = asked.lanes[failure.reach]
+        reached = asked.lanes.of(failure.reach)
         twins = twins_of(asked, self._line) if failure.rule.holds_for_all_keys else [asked]
         for turn in list(self._line):
             is_sibling = turn.candidate.row is asked.candidate.row
             if failure.cause is Cause.SILENCE and is_sibling:
                 turn.place = end
-            if turn in twins or reached in turn.lanes.values():
+            if turn in twins or reached in turn.lanes:
                 self._punish(turn, failure, jitter, now, end)
         if asked.place == end:
             asked.place = end + 1  # behind its siblings
@@ -3948,7 +3967,8 @@ class Trail:
         )
         self.attempts.append(attempt)
         self._waited = 0.0
-        self._tell(details_of(attempt, failure, draft.usage), logging.DEBUG, again=True)
+        if logger.isEnabledFor(logging.DEBUG):
+            self._tell(details_of(attempt, failure, draft.usage), logging.DEBUG, again=True)
         return attempt
 
     def was_asked(self, candidate: Candidate) -> bool:
