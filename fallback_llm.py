@@ -13,7 +13,7 @@ of them gives a complete, non-empty answer:
                  ├─ 429, long wait ────────┐
                  ├─ 5xx, empty, cut, silent ┴► m1 goes to the end of the line; ask the next one
                  ├─ 400, 402, 404 … ─────────► m1 is out; ask the next one
-                 ├─ 401 … ───────────────────► all of cerebras is out; ask the next one
+                 ├─ 401 … ───────────────────► this key of cerebras is out; ask the next one
                  └─ content refused ─────────► stop: no other model is asked
     cerebras m2, groq m1 … openrouter m4       nobody left: the question has failed
 
@@ -189,7 +189,7 @@ def nearest(word: str, known: Iterable[str], likeness: float = 0.7) -> str:
 
 def number_of(value: float) -> str:
     """The number as a person would write it: 2 rather than 2.0."""
-    return f"{value:g}"
+    return f"{value:.10g}"
 
 
 @dataclasses.dataclass
@@ -263,6 +263,9 @@ class Provider:
                 f"such as {example}, or None; a key goes into api_keys or into that variable"
             )
         check_models(f"models of {self.name}", self.models)
+        is_table = isinstance(self.defaults, dict)
+        if not is_table or not all(isinstance(more, dict) for more in self.defaults.values()):
+            raise ValueError(f"defaults of {self.name} must be a dict of dicts")
         object.__setattr__(self, "models", tuple(self.models))
 
     def variable(self, suffix: str) -> str:
@@ -350,7 +353,7 @@ def only_placeholders(value: str) -> bool:
 def is_placeholder(value: str) -> bool:
     """Whether this is placeholder text rather than a key, such as your_api_key_here."""
     text = value.lower()
-    if text in ("todo", "none", "null", "changeme", "change-me", "change_me", "replaceme"):
+    if text in ("todo", "none", "null"):
         return True
     if re.match(r"your[_ -]|<.*>$|(change|replace).?me$", text):
         return True
@@ -566,17 +569,16 @@ def rows_from_environment(settings: Settings) -> List[Provider]:
     names_of_rows = [row.name for row in PROVIDERS]
     rows = []
     for variable in sorted(os.environ):
-        name = variable[: -len("_BASE_URL")].lower()
+        named = re.fullmatch("([A-Z][A-Z0-9_]*)_BASE_URL", variable)
         url = stripped(os.environ[variable])
-        if not variable.endswith("_BASE_URL") or not url or name in names_of_rows:
+        if named is None or not url or named.group(1).lower() in names_of_rows:
             continue
-        prefix = variable[: -len("_BASE_URL")]
+        prefix = named.group(1)
         models = split_list(settings.find(prefix + "_MODELS")[0])
-        if not models or not re.fullmatch("[A-Z][A-Z0-9_]*", prefix):
-            continue
         has_key = bool(settings.find(prefix + "_API_KEY")[0])
         key_env = prefix + "_API_KEY" if has_key else None
-        rows.append(Provider(name, url, key_env, tuple(models)))
+        if models:
+            rows.append(Provider(prefix.lower(), url, key_env, tuple(models)))
     return rows
 
 
@@ -895,7 +897,7 @@ def says(words: str) -> str:
     return rf"^says .*?(?:{words})"
 
 
-def near(some: str, others: str) -> str:
+def close_to(some: str, others: str) -> str:
     """A pattern for one of each, with a short gap between them, in either order."""
     return rf"\b(?:(?:{some}).{{0,80}}?(?:{others})|(?:{others}).{{0,80}}?\b(?:{some}))"
 
@@ -916,7 +918,7 @@ DENIED_CODES = has_code(
     "payment_required* region_restricted unsupported_country*"
 )
 ACCOUNT = says(
-    near(
+    close_to(
         "account|organi[sz]ation|api key|key |payment|card |ip |ip, |address|token |workspace",
         "restricted|suspended|flagged|deactivated|banned|disabled|blocked|terminated|violat",
     )
@@ -1467,10 +1469,9 @@ ELSEWHERE = {
     "jitter": "RetryConfig(jitter=...)",
     "max_workers": "ask_many(..., max_workers=...)",
     "workers": "ask_many(..., max_workers=...)",
-    "prompt": "the question itself",
+    "prompt": "question",
     "top_k": "extra_body={...}",
     "min_p": "extra_body={...}",
-    "accept": "ask, complete and ask_many, whose text can be taken back",
 }
 UNSUPPORTED = ("tools", "tool_choice", "functions", "function_call", "stream", "n")
 
@@ -1560,15 +1561,11 @@ def check_parameter_name(name: object) -> None:
     if name in UNSUPPORTED:
         raise ValueError(f"{name} is not supported")
     if name in ELSEWHERE:
-        raise ValueError(
-            f"{name} is not a parameter of a question: it belongs to {ELSEWHERE[name]}"
-        )
+        raise ValueError(f"{name} is not a parameter of a question; use {ELSEWHERE[name]}")
 
-    import difflib
-
-    near = difflib.get_close_matches(name, [*PARAMETERS, *ELSEWHERE], 1, 0.75)
-    if near:
-        raise ValueError(f"unknown parameter {quoted(name)}: did you mean {near[0]!r}?")
+    meant = nearest(name, [*PARAMETERS, *ELSEWHERE], 0.75)
+    if meant:
+        raise ValueError(f"unknown parameter {quoted(name)}: did you mean {meant!r}?")
     raise ValueError(
         f"unknown parameter {quoted(name)}: what a provider has of its own goes into extra_body"
     )
@@ -1588,9 +1585,9 @@ def check_extra_body(fields: object) -> None:
         return
     if not isinstance(fields, dict):
         raise ValueError(f"extra_body must be a dict, not {quoted(fields)}")
-    for name in ("stream", "n"):
+    for name in ("stream", "n", "model"):
         if name in fields:
-            raise ValueError(f"{name} is not supported, in extra_body either")
+            raise ValueError(f"{name} is not supported in extra_body")
 
 
 def is_blank(text: str) -> bool:
@@ -1708,12 +1705,6 @@ def events_in(lines: Iterable[str]) -> Iterator[Event]:  # noqa: C901 - seen who
         yield Event("\n".join(plain).strip(), is_plain=True)
 
 
-def leading_blanks(text: str) -> str:
-    """The invisible characters at the beginning of a text."""
-    blanks = INVISIBLE.match(text)
-    return blanks.group() if blanks else ""
-
-
 class ThinkingFilter:
     """Removes <think>…</think> from the start of an answer, however the text is cut.
 
@@ -1739,7 +1730,8 @@ class ThinkingFilter:
             return ""
 
         self._held += text
-        start = self._held[len(leading_blanks(self._held)) :]
+        blanks = INVISIBLE.match(self._held)
+        start = self._held[blanks.end() :] if blanks else self._held
         if start.startswith("<think>"):
             self._held = ""
             self._blanks.clear()
@@ -1815,8 +1807,14 @@ THOUGHT_FIELDS = (
     "thought",
     "thoughts",
 )
-ERROR_FIELDS = frozenset(
-    ["error", "errors", "error_message", "error_msg", "error_type", "error_code", "detail"]
+ERROR_FIELDS = (
+    "error",
+    "errors",
+    "error_message",
+    "error_msg",
+    "error_type",
+    "error_code",
+    "detail",
 )
 MODERATION_WORDS = {"guard", "safeguard", "guardian", "wildguard", "shield", "shieldgemma"}
 MODERATION_WORDS |= {"moderation"}
@@ -2059,11 +2057,12 @@ class Draft:
     def _raise_error_inside(self, said: Json, choice: Json, parts: Sequence[Json]) -> None:
         """Raise ErrorInside if the event carries an error, wherever it is."""
         for place in (said, choice, *parts):
-            if not ERROR_FIELDS.isdisjoint(place):
-                names = [name for name in ERROR_FIELDS if not is_empty(place.get(name))]
-                found = {name: place[name] for name in names}
-                if found:
-                    raise ErrorInside({"status_code": said.get("status_code"), **found})
+            found = {}
+            for name in ERROR_FIELDS:
+                if name in place and not is_empty(place[name]):
+                    found[name] = place[name]
+            if found:
+                raise ErrorInside({"status_code": said.get("status_code"), **found})
         finish_reason = choice.get("finish_reason")
         if finish_reason and str(finish_reason).lower() == "error":
             raise ErrorInside(
@@ -2243,8 +2242,7 @@ def safe_line(text: str, secrets: Iterable[str]) -> str:
         if len(secret) >= 4:
             line = secret_pattern(secret).sub("[key]", line)
     line = KEY_PREFIX.sub("[key]", line)
-    line = re.sub(r"(?i)(?<=bearer )[\w.~+/=-]{8,}", "[key]", line)
-    line = re.sub(r"(?i)(?<=basic )[\w.~+/=-]{8,}", "[key]", line)
+    line = re.sub(r"(?i)(bearer|basic) [\w.~+/=-]{8,}", r"\1 [key]", line)
     line = re.sub(r"(?<=://)\S{1,300}@", "[key]@", line)
     line = re.sub(r"\b(org|user|proj)[_-]\w{6,}", r"\1_[id]", line)
     if len(line) <= MAX_LINE:
@@ -2902,7 +2900,7 @@ class Candidate(NamedTuple):
 
 
 MAX_GUESS = 20.0  # seconds for which a fault puts a model last: it may recover at any time
-SHORT_SILENCES = 2  # times that a model did not answer within its share of the time, to learn it
+SHORT_SHARES = 2  # times that a model did not answer within its share of the time, to learn it
 MOST_LANES = 1000  # those that say nothing are forgotten then: keys may change all the time
 LIST_PAUSE = 600.0  # seconds until a models list is fetched again
 
@@ -2935,7 +2933,7 @@ class Lane:
         self.ready_at = -math.inf  # the server's word: nobody asks before
         self.later_until = -math.inf  # our own guess: it is asked last until then
         self.leased_until = -math.inf  # somebody is trying it: the others ask it last until then
-        self.silences = 0  # attempts that did not answer within their share of the time
+        self.short_shares = 0  # attempts that did not answer within their share of the time
         self.searching_until = -math.inf  # somebody is fetching the provider's models list
         self.search_again_at = -math.inf
         self.last_success = 0.0  # of an account, in seconds since the epoch
@@ -2951,7 +2949,7 @@ class Lane:
         self.later_until = -math.inf
         self.leased_until = -math.inf
 
-    def is_silent(self, now: float) -> bool:
+    def is_idle(self, now: float) -> bool:
         """Whether nobody is in the lane, and nobody has to wait for it."""
         return self._under_way == 0 and now > max(self.ready_at, self.later_until)
 
@@ -3038,28 +3036,28 @@ class Lane:
         if math.isnan(self._measured_from):  # what was granted so far was saved up, and is no rate
             self._width = 1.0
             self._answers = 0
-            self._begin(begins_again)
+            self._quota_begins(begins_again)
         else:
-            self._judge()
+            self._adjust_trust()
             if self._sent > 0:
                 # Who asks inside a pause, as time limits make one do, may be told a shorter one.
                 self._span = max(0.0, begins_again - self._measured_from)
                 self._spent = self._sent
                 self._before = self._measured
                 self._measure()
-                self._begin(begins_again)
+                self._quota_begins(begins_again)
         self._slot_at = now + self._gap
 
     def is_alive(self, now: float, longest: float) -> bool:
         """Whether it met a limit, and answered somebody since `longest` seconds ago."""
         return not math.isnan(self._measured_from) and now - self._answered_at <= longest
 
-    def _begin(self, at: float) -> None:
+    def _quota_begins(self, at: float) -> None:
         """The quota begins again at this time."""
         self._measured_from = at
         self._sent = 0
 
-    def _judge(self) -> None:
+    def _adjust_trust(self) -> None:
         """Trust the gap longer if shortening it was punished at once, else start again."""
         extra = self._answers - self._trust
         if extra > 0:
@@ -3101,8 +3099,8 @@ class Turn:
     requests: int = 0  # sent
     ready_at: float = -math.inf  # the question does not ask it before
     patience: float = 0.0  # how long the question waits for it although others are ready
-    turns: int = 0  # it has had, and lost its place with; who has had fewer comes before
-    place: int = 0  # among those who have had as many
+    round: int = 0  # how often it was asked and lost its place; lower rounds come before
+    place: int = 0  # within the round
     had_second: bool = False  # it was asked again at once: the first time was our own fault
     free: int = 0  # refusals that cost no attempt
     # As it stood when the question last looked at it:
@@ -3197,7 +3195,7 @@ class Health:
         """No turn of this line is being asked any more, whatever came of it."""
         for turn in line:
             if turn.has_slot:
-                self._news.append(functools.partial(self._end, turn))
+                self._news.append(functools.partial(self._request_ends, turn))
                 turn.has_slot = False
 
     def granted(self, turn: Turn) -> None:
@@ -3208,15 +3206,10 @@ class Health:
                 lane.granted(turn.begun, now)
             turn.is_granted = True
 
-    def closed(self, turn: Turn) -> None:
-        """Note that the caller has read enough of an answer."""
-        self._news.append(functools.partial(self._forgive, turn))
-
     def answered(self, turn: Turn) -> None:
-        """A request was answered."""
-        with self._lock:
-            self._catch_up()
-            self._forgive(turn)
+        """Note that a request was answered, or enough of it for the caller."""
+        forgive = functools.partial(self._forgive, turn, self._wall_clock())
+        self._news.append(forgive)
 
     def failed(self, turn: Turn, failure: Failure, config: RetryConfig) -> None:
         """A request failed; notes whether that costs an attempt."""
@@ -3224,11 +3217,11 @@ class Health:
             now = self._catch_up()
             lane = turn.lanes.of(failure.reach)
             if failure.cause is Cause.TIME_SHARE:
-                lane.silences += 1
-            is_silent = lane.silences >= SHORT_SILENCES
+                lane.short_shares += 1
+            is_learned = lane.short_shares >= SHORT_SHARES
             if failure.cause in (Cause.STALE, Cause.TIME_LIMIT) or not failure.rule.counts:
                 return
-            if failure.cause is Cause.TIME_SHARE and not is_silent:
+            if failure.cause is Cause.TIME_SHARE and not is_learned:
                 return  # the time was short, which says little of the model
             is_limit = failure.verdict is Verdict.RATE_LIMITED
             if is_limit and self._open > 1 and (failure.hint or 0.0) <= LONG_HINT:
@@ -3294,7 +3287,7 @@ class Health:
         if not has_key or is_denied:
             health.status = ProviderStatus.UNAVAILABLE
         elif known.failures_in_a_row == 0 and not host.failures:
-            health.status = ProviderStatus.HEALTHY
+            pass  # it is healthy
         elif latest.verdict is Verdict.RATE_LIMITED:
             health.rate_limit_reset_time = self._wall_clock() + left
             if left > 0:
@@ -3304,9 +3297,10 @@ class Health:
         return health
 
     def search(self, name: str) -> Optional[float]:
-        """Whether to fetch a provider's models list: 0 for now, or the seconds to look again.
+        """Whether to fetch a provider's models list.
 
-        While one question fetches it the others wait; None: it was fetched a short time ago.
+        0: fetch it now; more: another question is fetching it, look again after so many seconds;
+        None: it was fetched, or could not be had, a short time ago.
         """
         with self._lock:
             now = self._catch_up()
@@ -3326,13 +3320,13 @@ class Health:
             lane.searching_until = now
             lane.search_again_at = now + (LIST_PAUSE if is_known else MAX_GUESS)
 
-    def begin(self) -> None:
+    def question_begins(self) -> None:
         """A question begins."""
         with self._lock:
             self._catch_up()
             self._open += 1
 
-    def end(self, trail: Sequence[Attempt], is_answered: bool) -> None:
+    def question_ends(self, trail: Sequence[Attempt], is_answered: bool) -> None:
         """Note that a question has ended; it counts in the statistics."""
         self._news.append(functools.partial(self._add, tuple(trail), is_answered))
 
@@ -3349,7 +3343,7 @@ class Health:
             self._counts = dict.fromkeys(STATISTICS, 0)
 
     def _catch_up(self) -> float:
-        """Hear the news; the time. Whoever calls this has the lock."""
+        """Handle the news; returns the time. Whoever calls this has the lock."""
         if not self._is_catching_up:  # a signal handler may have come in between
             self._is_catching_up = True
             try:
@@ -3365,7 +3359,7 @@ class Health:
         lane = self._lanes.get((name, key, model))
         if lane is None:
             if len(self._lanes) >= MOST_LANES:
-                self._forget_silent_lanes()
+                self._forget_idle_lanes()
             lane = self._lanes[name, key, model] = Lane()
             if (name, key) in self._careful:
                 lane.be_careful()
@@ -3379,15 +3373,15 @@ class Health:
                 lanes.append(lane)
         return lanes
 
-    def _forget_silent_lanes(self) -> None:
+    def _forget_idle_lanes(self) -> None:
         """Forget lanes that nobody is in, and that nobody has to wait for."""
         now = self._clock()
         for key, lane in list(self._lanes.items()):
-            if lane.is_silent(now):
+            if lane.is_idle(now):
                 del self._lanes[key]
         self._careful &= {key[:2] for key in self._lanes}
 
-    def _end(self, turn: Turn) -> None:
+    def _request_ends(self, turn: Turn) -> None:
         """A request is not under way any more, and nobody is trying the candidate."""
         now = self._clock()
         for lane in turn.lanes:
@@ -3396,14 +3390,14 @@ class Health:
             for lane in turn.paced_lanes:
                 lane.ended()
 
-    def _forgive(self, turn: Turn) -> None:
+    def _forgive(self, turn: Turn, at: float) -> None:
         """Forget the failures before the request that succeeded, not those since then."""
         for lane in turn.lanes:
-            lane.silences = 0
+            lane.short_shares = 0
             if lane.failed_at <= turn.begun:
                 lane.forgive()
         account = turn.lanes.account
-        account.last_success = self._wall_clock()
+        account.last_success = at
         lanes = self._lanes_of(turn.candidate.row.name, turn.candidate.key)
         if all(lane.failed_at <= turn.begun for lane in lanes):
             account.failures_in_a_row = 0
@@ -3559,6 +3553,7 @@ class Roster:
 
     def accounts_of(self, row: Provider) -> List[Tuple[Account, str]]:
         """The accounts of a provider, each with its key. Raises ValueError."""
+        self.check_keys(self.api_keys)
         text = self.api_keys.get(row.name) or ""
         source = "api_keys"
         if self._found[row.name][0] == text:
@@ -3577,7 +3572,6 @@ class Roster:
     def accounts(self, names: Names = None) -> List[Account]:
         """The accounts of these providers, in the order in which they are asked."""
         accounts: List[Account] = []
-        self.check_keys(self.api_keys)
         for row in self.rows(names):
             accounts.extend(account for account, _ in self.accounts_of(row))
         return accounts
@@ -3632,7 +3626,6 @@ class Roster:
 
         Raises ValueError, and NoProviderError if none of these providers can be asked.
         """
-        self.check_keys(self.api_keys)
         self.check_models(self.models)
         if model is not None:
             names, model = self._model_of(names, model)
@@ -3756,7 +3749,8 @@ class Queue:
             self._anybody_reached = True
         if failure.cause in (Cause.STALE, Cause.OPTIONS) and not asked.had_second:
             asked.had_second = True
-            asked.attempts += 1
+            if failure.cause is Cause.STALE:
+                asked.attempts += 1
             return
 
         end = 1 + max(turn.place for turn in self._line)
@@ -3796,7 +3790,7 @@ class Queue:
             turn.patience = due
         else:
             turn.patience = 0.0
-            turn.turns = turn.attempts
+            turn.round = turn.attempts
             turn.place = end
 
     def _available(self) -> List[Turn]:
@@ -3805,7 +3799,7 @@ class Queue:
         if not self._anybody_reached:
             most = min(most, 2)  # our own network is down: one more round, then stop
         turns = [turn for turn in self._line if turn.attempts < most]
-        turns.sort(key=lambda turn: (turn.turns, turn.place, turn.is_later))
+        turns.sort(key=lambda turn: (turn.round, turn.place, turn.is_later))
         return turns
 
     def _pick(self, now: float) -> Optional[Turn]:
@@ -4222,26 +4216,17 @@ class Shared:
 FORKED: weakref.WeakSet[Shared] = weakref.WeakSet()  # renewed in each new process
 
 
-def renew_after_fork(shared: Shared) -> None:
-    """See to it that a forked process does not share connections and locks with its parent.
+def renew_all() -> None:
+    """Give all clients of this process connections and locks of their own.
 
     Two processes that read from one socket would get each other's answers.
     """
-    FORKED.add(shared)
-    register_once()
-
-
-@functools.lru_cache(maxsize=None)
-def register_once() -> None:
-    """Have `renew_all` called in each child process."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=renew_all)
-
-
-def renew_all() -> None:
-    """Give all clients of this process connections and locks of their own."""
     for shared in FORKED:
         shared.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=renew_all)
 
 
 class Walk:
@@ -4272,7 +4257,7 @@ class Walk:
         try:
             self._begin()
             while True:
-                with self._line.next() as turn:
+                with self._queue.next() as turn:
                     if self._cancelled.is_set():
                         raise self._all_failed()
                     if turn is None:
@@ -4288,19 +4273,19 @@ class Walk:
                             return self._trail.answered(turn)
                         self._trail.failed(turn, failure)
                         self._raise_if_final(turn, failure)
-                        self._line.failed(turn, failure)
+                        self._queue.failed(turn, failure)
         except GeneratorExit:
             is_answered = self._trail.is_shown  # whoever closes a stream has read enough
             raise
         finally:
-            self._shared.health.end(self._trail.attempts, is_answered)
+            self._shared.health.question_ends(self._trail.attempts, is_answered)
 
     def _begin(self) -> None:
         """Start the clock of the question: a stream may be read long after it was made."""
         parts = self._shared
-        parts.health.begin()
+        parts.health.question_begins()
         self._deadline = parts.clock() + self._timeout
-        self._line = Queue(
+        self._queue = Queue(
             self._candidates, self._deadline, parts.health, self._config, parts.clock, parts.chance
         )
 
@@ -4322,7 +4307,7 @@ class Walk:
             failure = caught
         except GeneratorExit:
             if draft.texts:
-                health.closed(turn)
+                health.answered(turn)
             raise
 
         is_limit = failure is not None and failure.verdict is Verdict.RATE_LIMITED
@@ -4358,7 +4343,7 @@ class Walk:
     def _conversation(self, turn: Turn, draft: Draft) -> Generator[str, None, None]:
         """The text of an answer as it comes. Raises Failure."""
         candidate = turn.candidate
-        deadline = self._line.deadline_for(turn)
+        deadline = self._queue.deadline_for(turn)
         idle_timeout = self._shared.roster.idle_timeout or candidate.row.idle_timeout
         is_share = deadline < self._deadline
         limit = TimeLimit(self._shared.clock, deadline, idle_timeout, is_share)
@@ -4389,7 +4374,10 @@ class Walk:
             raise AnswerRefused(message, attempts, reason=failure.reason)
 
     def _find_more_or_fail(self) -> None:
-        """Ask providers all of whose models are gone for others. Raises AllProvidersFailed."""
+        """Fetch the models lists of providers whose models are all gone, for others to ask.
+
+        Raises AllProvidersFailed if there are none.
+        """
         rows = dict.fromkeys(candidate.row for candidate in self._candidates)
         for row in rows:
             asked = {c.model for c in self._candidates if c.row is row}
@@ -4401,7 +4389,7 @@ class Walk:
             found = self._shared.roster.candidates_of(row, models)
             new = [candidate for candidate in found if candidate.model not in asked]
             self._candidates.extend(new)
-            if self._line.add(new):
+            if self._queue.add(new):
                 return
         raise self._all_failed()
 
@@ -4631,7 +4619,7 @@ class FallbackLLM:
             sleep=sleep,
             chance=random.random if chance is None else chance,
         )
-        renew_after_fork(self._shared)
+        FORKED.add(self._shared)
 
     def __repr__(self) -> str:
         return f"<FallbackLLM {', '.join(self.fallback_order)}>"

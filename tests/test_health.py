@@ -136,7 +136,7 @@ class Story:
             turn = memory.take(model)
             memory.now = at
             if text_since is not None:
-                memory.health.closed(turn)
+                memory.health.answered(turn)
             memory.give_back(turn)
 
         self._chapters.append(happens)
