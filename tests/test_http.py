@@ -131,7 +131,8 @@ def test_a_huge_reply_is_a_fault(here: Emulator) -> None:
     assert second.provider == "groq"
 
 
-ENDLESS = ["silence", "silence-after-headers", "keep-alives", "stall", "drip", "huge"]
+# Not "huge": a quick machine reaches the ceiling of a body before the limit of time.
+ENDLESS = ["silence", "silence-after-headers", "keep-alives", "stall", "drip"]
 
 
 @pytest.mark.parametrize("fault", ENDLESS)
@@ -151,7 +152,7 @@ def test_the_time_limit_holds_whatever_the_body_does(here: Emulator, fault: str)
 
 # Live, what has been shown cannot be taken back.
 HALVES: list[Any] = [(ask_text, fault) for fault in ENDLESS]
-HALVES += [(streamed, fault) for fault in ENDLESS if fault not in ("stall", "huge")]
+HALVES += [(streamed, fault) for fault in ENDLESS if fault != "stall"]
 
 
 @pytest.mark.parametrize(("verb", "fault"), HALVES)
