@@ -943,6 +943,10 @@ OUR_NETWORK = "check your network settings"
 OUR_KEY = r"\b(?:api.?keys?|keys?|credits?|billing|payments?|balance|credentials?)\b"
 OUR_ACCOUNT = r"\b(?:accounts?|organi[sz]ations?|subscription|authenticat\w{0,6})\b"
 BROKEN_RULES = r"\bviolat|terms of service|usage polic|prohibited"
+NO_SUCH_PATH = (
+    r"unknown (?:request )?(?:url|path|endpoint)|invalid url|check the url|"
+    r"route not found|no route|cannot post"
+)
 SOMETHING_ELSE = r"data[ -]policy|guardrail|parameter|allowed providers|privacy"
 
 # What an error means: the first pattern that is found decides. The codes rate_limit_exceeded,
@@ -1012,12 +1016,7 @@ RULES: Sequence[Tuple[Ruling, str]] = (
     # A JSON 404 means that the model is gone, unless it names something else.
     (WEB_PAGE, "^status (?:400|404|405) page"),
     (WRONG_URL, every(of_status("404"), has_code("unknown_url"))),
-    (WRONG_URL, every(of_status("404"), says("unknown (?:request )?(?:url|path|endpoint)"))),
-    (
-        WRONG_URL,
-        every(of_status("404"), says("check the url|route not found|no route|cannot post")),
-    ),
-    (WRONG_URL, every(of_status("404"), says("invalid url"))),
+    (WRONG_URL, every(of_status("404"), says(NO_SUCH_PATH))),
     (NO_API, "^status 404 text"),
     (NO_API, of_status("405")),
     (GONE_OR_WRONG_URL, every(of_status("404"), "^says not found$")),
@@ -1816,8 +1815,15 @@ ERROR_FIELDS = (
     "error_code",
     "detail",
 )
-MODERATION_WORDS = {"guard", "safeguard", "guardian", "wildguard", "shield", "shieldgemma"}
-MODERATION_WORDS |= {"moderation"}
+MODERATION_WORDS = {
+    "guard",
+    "safeguard",
+    "guardian",
+    "wildguard",
+    "shield",
+    "shieldgemma",
+    "moderation",
+}
 
 
 @functools.lru_cache(maxsize=256)
@@ -2044,10 +2050,8 @@ class Draft:
                 if name in THOUGHT_FIELDS and not is_empty(thought):
                     found = True
                     self._size += len(thought) if isinstance(thought, str) else 0
-            content = message.get("content")
-            for part in [] if isinstance(content, str) else parts_of(content):
-                if is_thought(part) and not is_empty({**part, "type": ""}):
-                    found = True
+            if has_thought(message.get("content")):
+                found = True
             if isinstance(message.get("refusal"), str):
                 self._refusals.append(message["refusal"])
                 self._size += len(message["refusal"])
@@ -2082,8 +2086,7 @@ class Draft:
 
 def our_choice(said: Json) -> Json:
     """The choice with the index 0, or without one; {} if there is none."""
-    choices = said.get("choices")
-    for choice in choices if isinstance(choices, list) else []:
+    for choice in as_list(said.get("choices")):
         if isinstance(choice, dict) and choice.get("index") in (None, 0, "0"):
             return choice
     return {}
@@ -2096,8 +2099,15 @@ def as_object(value: object) -> Json:
     return {}
 
 
+def as_list(value: object) -> List[Any]:
+    """The value if it is a JSON array, else []."""
+    if isinstance(value, list):
+        return value
+    return []
+
+
 def is_empty(value: object) -> bool:
-    """Whether nothing is in a JSON value, or in any of its parts: an error of this kind is none."""
+    """Whether a JSON value is empty all the way down: `"error": {}` is no error."""
     if isinstance(value, dict):
         return all(is_empty(part) for part in value.values())
     if isinstance(value, list):
@@ -2110,6 +2120,15 @@ def is_thought(part: object) -> bool:
     kind = str(dig(part, "type")).lower()
     return (
         bool(dig(part, "thought")) or re.search("think|thought|reason|analysis", kind) is not None
+    )
+
+
+def has_thought(content: object) -> bool:
+    """Whether a part of a message's content holds reasoning."""
+    if isinstance(content, str):
+        return False
+    return any(
+        is_thought(part) and not is_empty({**part, "type": ""}) for part in parts_of(content)
     )
 
 
@@ -2252,7 +2271,7 @@ def safe_line(text: str, secrets: Iterable[str]) -> str:
 
 @functools.lru_cache(maxsize=256)
 def secret_pattern(secret: str) -> Pattern[str]:
-    """Finds a secret in any case, also URL-encoded, or broken by blanks."""
+    """A pattern that finds a secret in any case, also URL-encoded, or broken by blanks."""
     gap = "[\\s\u00ad\u200b-\u200f\u2060\ufeff]{0,4}"
     spellings = []
     encoded = quote(secret, safe="")
@@ -2535,7 +2554,7 @@ class Reply:
         with contextlib.suppress(Failure):  # the status says enough
             for piece in self.pieces(MAX_ERROR_BODY):
                 data += piece
-        text = data.decode("utf-8", "replace").encode()
+        text = data.decode("utf-8", "replace").encode()  # lines_in takes only UTF-8
         return parsed(next(events_in(lines_in([text]))).data)
 
     def close(self) -> None:
@@ -2633,7 +2652,8 @@ class Transport:
                     raise self._judged(reply, reply.error(), key)
                 for event in reply.events(draft):
                     text = self._take(event, draft, reply, key)
-                    if text == "" or (text and not is_blank(text)):
+                    # An empty text is progress, such as a thought; white space alone is none.
+                    if text is not None and (text == "" or not is_blank(text)):
                         settled = draft.phase is Phase.SETTLED
                         limit.progress(USAGE_GRACE if settled else math.inf)
                     if text:
@@ -2740,25 +2760,26 @@ class Transport:
 
         name = (method, url, key)
         known = self._templates.get(name)
-        if known is None:
-            headers = {
-                # The default agents of libraries are turned away with a 403 (2026-09).
-                "User-Agent": f"fallback_llm/{__version__}",
-                "Accept": "text/event-stream, application/json",
-                "Accept-Encoding": "identity",
-                "Content-Type": "application/json",
-            }
-            if key:
-                headers["Authorization"] = "Bearer " + key
-            request = requests.Request(method, url, headers).prepare()
-            merged = self._session.merge_environment_settings(url, {}, True, None, None)
-            settings: Json = dict(merged)
-            settings["proxies"] = self._proxies(url, settings["proxies"])
-            if len(self._templates) >= POOL_WIDTH:
-                self._templates.clear()  # keys that change all the time must not pile up
-            self._templates[name] = (request, settings)
-            return request, settings
-        return known
+        if known is not None:
+            return known
+
+        headers = {
+            # The default agents of libraries are turned away with a 403 (2026-09).
+            "User-Agent": f"fallback_llm/{__version__}",
+            "Accept": "text/event-stream, application/json",
+            "Accept-Encoding": "identity",
+            "Content-Type": "application/json",
+        }
+        if key:
+            headers["Authorization"] = "Bearer " + key
+        request = requests.Request(method, url, headers).prepare()
+        merged = self._session.merge_environment_settings(url, {}, True, None, None)
+        settings: Json = dict(merged)
+        settings["proxies"] = self._proxies(url, settings["proxies"])
+        if len(self._templates) >= POOL_WIDTH:
+            self._templates.clear()  # keys that change all the time must not pile up
+        self._templates[name] = (request, settings)
+        return request, settings
 
     def _proxies(self, url: str, proxies: Mapping[str, str]) -> Dict[str, str]:
         """The proxies to use. Raises Failure if the one for this URL has no valid address.
@@ -3661,14 +3682,13 @@ class Roster:
             raise ValueError(f"model must be the id of a model, not {quoted(model, 60)}")
         prefix, colon, rest = model.partition(":")
         prefix = prefix.strip().lower()
+        is_listed = any(model in ids for ids in list(self.models.values()))
         if colon and prefix in self.all_rows:
             if names is not None and self.all_rows[prefix] not in self.rows(names):
                 raise ValueError(f"model {quoted(model, 60)} is not of the chosen provider")
             names = prefix
             model = rest.strip()
-        elif (
-            colon and names is None and not any(model in ids for ids in list(self.models.values()))
-        ):
+        elif colon and names is None and not is_listed:
             near = nearest(prefix, list(self.all_rows))
             if near:
                 raise ValueError(f"model {quoted(model, 60)}: did you mean {near}:{rest}?")
@@ -4097,7 +4117,8 @@ def work_through(
     try:
         while True:
             try:
-                for number, item in itertools.islice(numbered, given + ahead * workers - submitted):
+                room = given + ahead * workers - submitted
+                for number, item in itertools.islice(numbered, room):
                     pool.submit(number, item)
                     submitted += 1
             except Exception as error:  # noqa: BLE001 - it is raised after the results
@@ -4167,9 +4188,9 @@ class Shared:
 
     def served(self, row: Provider, key: str, deadline: float) -> List[Json]:
         """The entries of a provider's own models list. Raises Failure if it cannot be had."""
-        entries = self.transport.get(row, "/models", key, deadline).get("data")
+        body = self.transport.get(row, "/models", key, deadline)
         found: Dict[str, Json] = {}
-        for entry in entries if isinstance(entries, list) else []:
+        for entry in as_list(body.get("data")):
             name = dig(entry, "id")
             if isinstance(name, str) and self.transport.safe(name, key) == name:
                 found.setdefault(name, entry)
@@ -4180,13 +4201,16 @@ class Shared:
         if account.problem:
             return CheckReport(account.label, "missing", reason=account.problem)
         started = self.clock()
-        report = CheckReport(account.label)
         try:
             if row.key_path != "/models":
                 self.transport.get(row, row.key_path, key, deadline)
             served = [entry["id"] for entry in self.served(row, key, deadline)]
-            for model in self.roster.models_of(row):
-                (report.served if model in served else report.not_served).append(model)
+            models = self.roster.models_of(row)
+            report = CheckReport(
+                account.label,
+                served=[model for model in models if model in served],
+                not_served=[model for model in models if model not in served],
+            )
         except Failure as failure:
             state = "refused" if failure.verdict is Verdict.DENIED else "not checked"
             report = CheckReport(account.label, state, reason=failure.summary or failure.reason)
@@ -4236,15 +4260,15 @@ class Walk:
         self,
         question: Question,
         candidates: List[Candidate],
-        parts: Shared,
+        shared: Shared,
         cancelled: threading.Event,
         is_live: bool = False,
     ) -> None:
-        roster = parts.roster
+        roster = shared.roster
         timeout = roster.timeout if question.timeout is None else question.timeout
         self._question = question
         self._candidates = candidates
-        self._shared = parts
+        self._shared = shared
         self._config = roster.retry_config
         self._timeout = math.inf if timeout is None else timeout
         self._cancelled = cancelled
@@ -4282,11 +4306,16 @@ class Walk:
 
     def _begin(self) -> None:
         """Start the clock of the question: a stream may be read long after it was made."""
-        parts = self._shared
-        parts.health.question_begins()
-        self._deadline = parts.clock() + self._timeout
+        shared = self._shared
+        shared.health.question_begins()
+        self._deadline = shared.clock() + self._timeout
         self._queue = Queue(
-            self._candidates, self._deadline, parts.health, self._config, parts.clock, parts.chance
+            self._candidates,
+            self._deadline,
+            shared.health,
+            self._config,
+            shared.clock,
+            shared.chance,
         )
 
     def _attempt(self, turn: Turn) -> Generator[str, None, Optional[Failure]]:
@@ -5041,7 +5070,7 @@ class Batch:
         self.tell("; ".join(parts))
 
     def _tell_end(self) -> int:
-        """The sum; the exit code."""
+        """Tell the totals; returns the exit code."""
         failed = sum(self._reasons.values())
         words = f"{sum(self._counts.values())} answered, {failed} failed"
         if self._before:
@@ -5087,7 +5116,7 @@ class Output:
         self._size = os.fstat(self._file.fileno()).st_size  # at least, if nobody else writes
 
     def close(self) -> None:
-        """Give the file free for other runs."""
+        """Release the file for other runs."""
         with contextlib.suppress(OSError):  # what could not be written was told
             self._file.close()
 
@@ -5178,7 +5207,7 @@ class Output:
 
 
 def lock(file: IO[bytes]) -> Optional[OSError]:
-    """Take a file for this process alone; what prevents that, if something does."""
+    """Lock a file for this process; returns the error that prevents it, if any."""
     try:
         import fcntl
 
@@ -5532,7 +5561,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises ValueError, with a suggestion, instead of exiting."""
 
-    color = False
+    color: bool  # since Python 3.14
 
     def exit(self, status: int = 0, message: Optional[str] = None) -> NoReturn:
         """End after --help or --version; a stdout that is full is noticed here."""
@@ -5771,7 +5800,7 @@ class StdinReader(threading.Thread):
     error: Optional[ValueError] = None
 
     def run(self) -> None:
-        """Set one of the two."""
+        """Set `text` or `error`."""
         try:
             self.text = read_text("stdin", "-")
         except ValueError as error:
@@ -5916,7 +5945,7 @@ def make_batch(llm: FallbackLLM, args: argparse.Namespace, console: Console) -> 
 
 
 def run_command(args: argparse.Namespace, console: Console) -> int:
-    """Do what the options say; the exit code."""
+    """Do what the options say; returns the exit code."""
     if sys.stdout is None:
         raise OSError("stdout is closed: there is no place for the answer")
     logger.debug("🚀 Initializing Fallback LLM System...")
